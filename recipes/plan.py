@@ -47,11 +47,10 @@ from mochi_tune.parallel.memory import SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_layout
 from mochi_tune.sampling.requests import read_rows, sampler_settings
 from mochi_tune.training.accelerator import check_strategy
-from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream
+from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream, check_streaming, where_the_dit_is
 from mochi_tune.training.preflight import (
     adapter_bytes,
     bucket_shares,
-    check_streaming,
     clip_order,
     largest_clip,
     step_seconds,
@@ -185,7 +184,7 @@ def arranged(config: RunConfig, step: Step, free: int) -> tuple[list[str], tuple
         the recompute policy of each block; whether blocks are streamed and inputs offloaded; the error of `train`.
     """
     try:
-        plan = arrange(step, config.memory.dit, config.memory.activations, free)
+        plan = arrange(step, where_the_dit_is(config), config.memory.activations, free)
     except ConfigError as error:
         asked = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
         return step.policies(free, *asked), asked, str(error)

@@ -20,7 +20,7 @@ from mochi_tune.models.device import DTYPES
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.parallel.modulation import HostModulation
-from mochi_tune.training.accelerator import build_accelerator, prepare
+from mochi_tune.training.accelerator import build_accelerator, prepare, then_partitioned
 from mochi_tune.training.draws import Draws, key_seed
 from mochi_tune.training.ema import EMA
 from mochi_tune.training.evaluate import EvalVideos, encode_eval_prompts, evaluate_if_due
@@ -67,7 +67,8 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     # Model. Only one large model is in memory at a time: T5 is freed before the DiT is loaded.
     eval_prompts = encode_eval_prompts(plan)
     load_device = "cpu" if memory.is_streamed else device
-    dit = plan.weights.load_dit(load_device, DTYPES[config.model.dtype], plan.shrink_block)
+    each_block = then_partitioned(accelerator, plan.shrink_block, config.lora.dora)
+    dit = plan.weights.load_dit(load_device, DTYPES[config.model.dtype], each_block)
 
     # Adapter. If the run resumes, `restore_and_start` below loads its weights.
     apply_lora(dit, plan.layers, key_seed(config.seed, "adapter"), config.lora.dora)

@@ -77,7 +77,8 @@ def apply_sharding(block: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard
 
     adapters = {parameter for name, parameter in block.named_parameters() if ".lora_" in name}
-    fully_shard(block, mesh=mesh, ignored_params=adapters)
+    # Without a common root FSDP takes each block for one, whose weights it would keep complete after the first pass.
+    fully_shard(block, mesh=mesh, ignored_params=adapters, reshard_after_forward=True)
 
 
 def apply_block_offload(dit: AsymmDiT, device: torch.device) -> None:

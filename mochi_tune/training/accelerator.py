@@ -6,7 +6,7 @@ Both optimizers save and load the same state under the same names, so that a run
 import contextlib
 import importlib.util
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,26 @@ def build_accelerator(
     }
     plugin = DeepSpeedPlugin(hf_ds_config=settings)
     return Accelerator(gradient_accumulation_steps=accumulation_steps, deepspeed_plugin=plugin)
+
+
+def then_partitioned(
+    accelerator: Accelerator, each_block: Callable[[Any, nn.Module], None], is_measured: bool
+) -> Callable[[Any, nn.Module], None]:
+    """Returns a function for `load_dit` that, with ZeRO-3, splits each block over the processes after `each_block`.
+
+    DeepSpeed would split the complete model, on GPUs that can hold only a part of it. A DoRA, for which the base
+    `is_measured`, reads complete weights.
+    """
+    plugin = accelerator.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3 or is_measured:
+        return each_block
+    import deepspeed
+
+    def prepare_and_partition(model: Any, block: nn.Module) -> None:
+        each_block(model, block)
+        deepspeed.zero.Init(module=block, config_dict_or_path=plugin.deepspeed_config)
+
+    return prepare_and_partition
 
 
 def broadcast(value: Any) -> Any:

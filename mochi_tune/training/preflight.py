@@ -24,7 +24,7 @@ from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.data.order import ClipOrder, make_pools
-from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
@@ -34,11 +34,18 @@ from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.precision import check_precision, shrink_block
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.accelerator import check_deepspeed, check_strategy, host_memory
-from mochi_tune.training.agreement import check_agreement
+from mochi_tune.training.agreement import check_agreement, versions
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
-from mochi_tune.training.loader import held_out
-from mochi_tune.training.memory_plan import MemoryPlan, arrange, check_host_memory, explain_out_of_memory
+from mochi_tune.training.loader import check_replacing, held_out
+from mochi_tune.training.memory_plan import (
+    MemoryPlan,
+    arrange,
+    check_host_memory,
+    check_streaming,
+    explain_out_of_memory,
+    where_the_dit_is,
+)
 from mochi_tune.training.optim import check_installed
 from mochi_tune.training.run_folder import describe_environment
 from mochi_tune.training.trackers import check_trackers
@@ -130,7 +137,7 @@ class TrainPlan:
         memory, step, is_gpu = self.config.memory, self.step, self.device.type == "cuda"
         # This is a collective, so it comes before errors that only one process may raise.
         available, num_sharing = host_memory() if is_gpu else (0, 1)
-        plan = arrange(step, memory.dit, memory.activations, free_bytes(self.device))
+        plan = arrange(step, where_the_dit_is(self.config), memory.activations, free_bytes(self.device))
         if is_gpu:
             needed = step.weights["modulation"] if self.has_host_modulation else 0
             needed += step.host_bytes(plan.is_streamed, plan.offloads_inputs)
@@ -163,6 +170,7 @@ class TrainPlan:
         facts |= {"the random numbers of torch": identity["draws"], "the base": identity["base"]}
         # The best split depends on the GPU.
         facts["how processes share a step"] = self.layout.in_words
+        facts |= versions("deepspeed") if self.config.parallel.strategy != "data" else {}
         # T5 and the encoder are compared with the cache, and only the main process uses the decoder.
         facts["the files of the dit in model.weights"] = self.weights.fingerprint("dit")
         if self.start_adapter is not None:
@@ -204,6 +212,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     context = config.parallel.context or 1
     largest = largest_clip(cache)
     layout = training_layout(num_processes, context, skeleton.config, largest.num_tokens, card_here())
+    check_replacing(config.data.damaged, config.parallel.strategy, layout.context)
     draws = KeyedDraws(
         config.seed, train.batch_size, train.accumulation_steps * layout.data, train.caption_dropout,
         train.sigma_stratified,
@@ -315,17 +324,6 @@ def step_seconds(
         if step.split != (1, 1):
             mean += share * sharing_seconds(step.split, step.config, bucket.num_tokens, card, TRAINING)
     return config.train.accumulation_steps * mean
-
-
-def check_streaming(config: RunConfig) -> None:
-    """Refuses settings that conflict with streamed weights in a training; `sample` accepts them."""
-    if config.memory.dit not in ("stream", "offload"):
-        return
-    if config.train.recompute == "none" or config.parallel.strategy == "zero3":
-        other = "train.recompute=none keeps" if config.train.recompute == "none" else "parallel.strategy=zero3 splits"
-        raise ConfigError(
-            f"{other} the weights that memory.dit={config.memory.dit} takes from the GPU: leave one of them out."
-        )
 
 
 def _open_cache(config: RunConfig, weights: WeightsFolder) -> Cache:

@@ -5,11 +5,15 @@ import torch
 import torch._inductor.config
 from helpers_golden import GOLDEN, vectors
 from helpers_memory import TensorMemory
+from helpers_parallel import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
-from mochi_tune.parallel.memory import apply_block_offload, apply_quantization
+from mochi_tune.parallel.memory import apply_block_offload, apply_quantization, apply_sharding
+from mochi_tune.parallel.modulation import apply_host_modulation
 from mochi_tune.sampling.sampler import Denoiser, euler_steps, linear_quadratic_sigmas
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -62,6 +66,30 @@ def test_at_most_two_offloaded_blocks_are_on_the_device():
         dit(*arguments)
     assert offloaded.peak - plain.peak <= size
     assert away == [[i == j for i in range(6)] for j in range(6)]
+
+
+@torch.no_grad()
+def shares_of_a_pass() -> list[torch.Tensor]:
+    mesh = init_device_mesh("cpu", (2,))
+
+    def share(_dit, block) -> None:
+        apply_host_modulation(block)
+        apply_sharding(block, mesh)
+
+    dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.float32, share)
+
+    def held() -> int:
+        return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in dit.blocks.parameters())
+
+    before = held()
+    dit(IO["z"], IO["sigma"], IO["y_feat"], IO["y_mask"])
+    return [torch.tensor([before, held(), sum(p.numel() for p in dit.blocks.parameters())])]
+
+
+def test_blocks_that_are_in_shares_are_so_again_after_a_pass(tmp_path):
+    for [counted] in run_ranks(2, shares_of_a_pass, tmp_path):
+        before, after, complete = counted.tolist()
+        assert before == after <= 0.51 * complete
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("fp8", 0.08)])

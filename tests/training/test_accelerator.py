@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
+from helpers_golden import GOLDEN
 from helpers_parallel import run_ranks
 from torch import nn
 
 from mochi_tune.cli.launch import prepare_deepspeed
+from mochi_tune.weights.folder import WeightsFolder
 
 
 class Branches(nn.Module):
@@ -50,6 +52,28 @@ def test_gradients_of_another_order_are_averaged_by_parameter(tmp_path, strategy
         expected = [torch.full((4, 4), mean * (i + 1)) for i in range(3)]
         assert all(torch.allclose(ours, its) for ours, its in zip(found, expected, strict=True)), found
         assert norm.item() == pytest.approx(torch.stack(expected).norm().item())
+
+
+def shares_while_loading(is_measured: bool) -> list[torch.Tensor]:
+    prepare_deepspeed("cpu")
+    from mochi_tune.training.accelerator import build_accelerator, then_partitioned
+
+    accelerator, held = build_accelerator(torch.device("cpu"), "zero3", 1, 1.0), []
+
+    def each_block(model: torch.nn.Module, _block: torch.nn.Module) -> None:
+        held.append(sum(parameter.numel() for parameter in model.parameters() if not parameter.is_meta))
+
+    dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.float32, then_partitioned(accelerator, each_block, is_measured))
+    blocks = sum(parameter.numel() for parameter in dit.blocks.parameters())
+    return [torch.tensor([*held, blocks])]
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_zero3_splits_each_block_as_soon_as_it_is_loaded(tmp_path, is_measured):
+    for [counted] in run_ranks(2, shares_while_loading, tmp_path, is_measured):
+        first, second, *_, blocks = counted.tolist()
+        # A complete parameter of a block that is split has no numbers of its own.
+        assert (blocks > 0) == is_measured and (second > 1.5 * first) == is_measured
 
 
 def test_a_skipped_step_drops_its_gradients_and_changes_nothing():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mochi_tune.data.order import ClipOrder, ClipPool
-from mochi_tune.errors import DataError
+from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.training.draws import KeyedDraws
-from mochi_tune.training.loader import ClipLoader
+from mochi_tune.training.loader import ClipLoader, check_replacing
 
 
 class Clips:
@@ -64,3 +64,11 @@ def test_the_replacement_of_a_damaged_clip_differs_by_step_and_by_sample(steps):
         for place, loaded in replacements.items():
             by_key.setdefault(place[key], set()).add(loaded)
         assert {1, 2} in by_key.values()
+
+
+def test_processes_that_compute_a_clip_together_replace_none():
+    check_replacing("quarantine", "zero2", 1)
+    check_replacing("strict", "zero3", 2)
+    for strategy, context in (("data", 2), ("zero3", 1)):
+        with pytest.raises(ConfigError, match=r"data\.damaged=quarantine needs parallel\.context=1 and another strategy"):
+            check_replacing("quarantine", strategy, context)

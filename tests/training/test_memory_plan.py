@@ -12,7 +12,7 @@ from mochi_tune.errors import ConfigError, TrainingError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step
 from mochi_tune.training import preflight, run
-from mochi_tune.training.memory_plan import PLACES, arrange, explain_out_of_memory
+from mochi_tune.training.memory_plan import PLACES, arrange, check_streaming, explain_out_of_memory, where_the_dit_is
 
 STEP = Step(DiTConfig(), 7 * 1590, 71_000_000)
 
@@ -28,11 +28,20 @@ def needed(step: Step, gib: float) -> float:
     return (sum(step.held(step.policies(int(gib * GIB), True), True).values()) + SPARE_BYTES) / GIB
 
 
+@pytest.mark.parametrize(("strategy", "text"), [("zero2", "zero2 keeps on the GPU"), ("zero3", "zero3 splits")])
+def test_weights_that_deepspeed_takes_are_not_streamed(strategy, text):
+    for dit in ("stream", "offload"):
+        with pytest.raises(ConfigError, match=rf"{text} the weights that memory.dit={dit} takes from the GPU"):
+            check_streaming(load_config("my_lora", [f"parallel={strategy}", f"memory.dit={dit}"]))
+
+
 def test_auto_takes_the_fastest_that_fits():
     assert arrangement(80) == arrangement(24) == (False, False)
     assert arrangement(12) == (True, False)
     assert arrangement(6) == (True, True)
     assert arrange(STEP, "auto", "keep", None).is_streamed is False
+    zero2 = load_config("my_lora", ["parallel=zero2", "memory=auto"])
+    assert (where_the_dit_is(zero2), where_the_dit_is(load_config("my_lora", ["memory=auto"]))) == ("resident", "auto")
     # With train.recompute=none, nothing can be streamed.
     with pytest.raises(ConfigError, match="this training needs"):
         arrangement(12, step=replace(STEP, recompute="none"))
