@@ -3,12 +3,17 @@
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 
+from mochi_tune.config.load import run_config_yaml
+from mochi_tune.errors import TrainingError
 from mochi_tune.files import fsync, save_tensors, write_atomic, write_json
+from mochi_tune.training import checkpoint
+from mochi_tune.training.preflight import TrainPlan
 from mochi_tune.training.step_result import StepResult
 
 # Maximum and minimum number of earlier steps whose median loss a loss is compared with.
@@ -46,6 +51,30 @@ class SpikeGuard:
 def is_finite(*values: float) -> bool:
     """Whether all numbers are finite."""
     return all(map(math.isfinite, values))
+
+
+def refuse_step(
+    plan: TrainPlan, step: StepResult, verdict: str, excess: float, attention: str | None, adapter: Mapping[str, Tensor]
+) -> NoReturn:
+    """Writes a bundle for `replay` and raises the error of a step whose update would harm the adapter.
+
+    Args:
+        plan: the plan of the run.
+        step: the step.
+        verdict: "not finite" or "stop".
+        excess: for "stop", the loss as a multiple of the usual loss.
+        attention: the attention kernel, or None if torch chose it.
+        adapter: the parameters of the adapter before the step, by name.
+    """
+    run_dir = Path(plan.config.run_dir)
+    facts = {
+        **step.numbers, "clips": step.clips, "sigmas": step.sigmas, "why": verdict, "seed": plan.config.seed,
+        "draws": asdict(plan.draws), "attention": attention, "host_modulation": plan.has_host_modulation,
+        "identity": plan.identity,
+    }  # fmt: skip
+    bundle = write_bundle(run_dir / "bundles", facts, adapter, run_config_yaml(plan.config))
+    last = checkpoint.last_checkpoint(run_dir / "checkpoints")
+    raise TrainingError(refusal(step, verdict, excess, attention, bundle, last))
 
 
 def refusal(step: StepResult, verdict: str, excess: float, attention: str | None, bundle: Path, last: str) -> str:

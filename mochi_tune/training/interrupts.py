@@ -34,6 +34,10 @@ class StopSignal:
             self.release()
             signal.raise_signal(number)
 
+    def received_for(self, seconds: float) -> bool:
+        """Whether a signal was received at least so many seconds ago."""
+        return self.received > 0 and time.monotonic() - self._received_at >= seconds
+
     def __enter__(self) -> "StopSignal":
         return self
 

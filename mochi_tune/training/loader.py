@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.data.order import ClipOrder
-from mochi_tune.errors import DataError
+from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.dit import Modulation
 from mochi_tune.training.draws import Draws, KeyedDraws, keyed_generator
 
@@ -44,6 +44,24 @@ def held_out(videos: Sequence[str], count: int, seed: int) -> list[int]:
         if len(held) + len(clips[video]) <= wanted:
             held += clips[video]
     return sorted(held)
+
+
+def check_replacing(damaged: str, strategy: str, context: int) -> None:
+    """Refuses to replace damaged clips where processes compute a clip together: each process chooses alone.
+
+    Args:
+        damaged: a value of `data.damaged`.
+        strategy: a value of `parallel.strategy`; with ZeRO-3, all processes validate together.
+        context: number of processes that share the tokens of a clip.
+
+    Raises:
+        ConfigError: damaged clips would be replaced.
+    """
+    if damaged == "quarantine" and (context > 1 or strategy == "zero3"):
+        raise ConfigError(
+            "data.damaged=quarantine needs parallel.context=1 and another strategy than zero3, as processes that "
+            "compute a clip together would replace it by different ones: use data.damaged=strict, or parallel=data."
+        )
 
 
 class ClipLoader:

@@ -21,11 +21,12 @@ from mochi_tune.config.settings import known_keys, rename_old, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
 from mochi_tune.files import parse_object, read_json, read_json_lines, write_atomic
 from mochi_tune.training import checkpoint
+from mochi_tune.training.agreement import check_shared
 from mochi_tune.training.eval_files import find_eval_videos, is_written
 from mochi_tune.training.metrics import FILES, Metrics, cut_after
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.rewind import rewind
-from mochi_tune.training.run_folder import read_history, record_start
+from mochi_tune.training.run_folder import HISTORY_FILE, read_history, record_start
 
 # File in the run folder with the clips of the last start, so that the next one can report what changed.
 CLIPS_FILE = "clips.json"
@@ -349,6 +350,19 @@ def resume(plan: TrainPlan) -> ResumePoint:
         tqdm.write(f"no clip of {num_clips} can be held out: the validation uses clips that are trained on")
     record_in_folder(plan, start)
     return start
+
+
+def check_folder_is_shared(plan: TrainPlan, start: ResumePoint) -> None:
+    """Checks that all machines have the same run folder and the same checkpoint; every process calls this.
+
+    Raises:
+        ParallelError: a machine has another one; the error names it.
+    """
+    if plan.layout.num_ranks > 1:
+        of_start = [] if start.folder is None else [start.folder / checkpoint.MANIFEST]
+        # The main process has just added this start to the history. A network disk may show that a minute later.
+        files = [Path(plan.config.run_dir) / HISTORY_FILE, *of_start]
+        check_shared(files, 0.1 * plan.config.parallel.timeout_seconds)
 
 
 def record_in_folder(plan: TrainPlan, start: ResumePoint) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,9 +15,8 @@ from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter
 from mochi_tune.adapters.lora import settings_metadata, trained_layers
-from mochi_tune.config.load import run_config_yaml
 from mochi_tune.data_prep.changes import describe_changes
-from mochi_tune.errors import ParallelError, TrainingError
+from mochi_tune.errors import ParallelError
 from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import peak_gib, reset_peak
 from mochi_tune.parallel.kernels import attention_by, deterministic_kernels
@@ -28,19 +26,22 @@ from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot, 
 from mochi_tune.training.choose_attention import choose_attention
 from mochi_tune.training.draws import Draws
 from mochi_tune.training.ema import EMA
-from mochi_tune.training.guards import SpikeGuard, is_finite, refusal, write_bundle
+from mochi_tune.training.guards import SpikeGuard, is_finite, refuse_step
 from mochi_tune.training.interrupts import Interrupted, StopAndSaveSignals
 from mochi_tune.training.loader import ClipLoader, Inputs, Prefetcher
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, adapter_metadata
 from mochi_tune.training.progress import Progress
 from mochi_tune.training.report import ReportWriter
-from mochi_tune.training.resume import ResumePoint, check_rows, lacks_evaluation, resume
+from mochi_tune.training.resume import ResumePoint, check_folder_is_shared, check_rows, lacks_evaluation, resume
 from mochi_tune.training.run_folder import RunLock
 from mochi_tune.training.schedule import is_due
 from mochi_tune.training.step_result import MicroBatchResult, StepResult, merge_parts
 from mochi_tune.training.summary import opening_lines
 from mochi_tune.training.trackers import Trackers
+
+# Seconds that one of several processes waits for its data after a signal to stop.
+STOP_WAIT_SECONDS = 60.0
 
 
 @contextlib.contextmanager
@@ -64,6 +65,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         if config.train.deterministic:
             stack.enter_context(deterministic_kernels())
         start = broadcast(resume(plan) if is_main else None)
+        check_folder_is_shared(plan, start)
         attention = broadcast(choose_attention(plan, start) if is_main else None)
         metrics = trackers = None
         if is_main and (start.step < config.train.steps or start.lacks_evaluation):
@@ -181,8 +183,7 @@ class Run:
             check_free_space(self.run_dir, plan.step.checkpoint_bytes)
             retention = Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
             self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
-        is_strict = plan.config.data.damaged == "strict"
-        loader = ClipLoader(plan.dataset, plan.order, plan.draws, is_strict, tqdm.write)
+        loader = ClipLoader(plan.dataset, plan.order, plan.draws, plan.config.data.damaged == "strict", tqdm.write)
         self._resources.callback(self._write_report)  # However the run ends.
         keys = ((step, number) for step in range(self.step + 1, train.steps + 1) for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
@@ -207,7 +208,8 @@ class Run:
 
         Raises:
             DataError: a clip is damaged.
-            Interrupted: the run was asked to stop while it waited for data.
+            Interrupted: the only process was asked to stop while it waited for data.
+            ParallelError: one of several was, and waited too long.
         """
         return self._prefetcher.take(len(self._own_micro_batches), self._check_while_waiting)
 
@@ -364,7 +366,7 @@ class Run:
 
         Raises:
             Interrupted: the only process was asked to stop.
-            ParallelError: one of several was, and the others wait for it in a collective.
+            ParallelError: one of several was, and its data has not arrived since.
         """
         assert self._signals is not None
         is_alone = self.accelerator.num_processes == 1
@@ -375,8 +377,12 @@ class Run:
             self.save()
         if stop_signal and is_alone:
             raise Interrupted
-        if stop_signal:
-            raise ParallelError("asked to stop while it waited for the data of the next step.")
+        # The others may wait in a collective of this step. All save and stop together at its end.
+        if self._signals.received_for(STOP_WAIT_SECONDS):
+            raise ParallelError(
+                f"asked to stop {STOP_WAIT_SECONDS:g} s ago, but the data of the next step has not arrived: check the "
+                "disk of data.cache."
+            )
 
     def _adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
         layers = self.plan.layers
@@ -389,12 +395,5 @@ class Run:
         self.save()
         if not self.accelerator.is_main_process:
             raise SystemExit(2)  # The main process reports it.
-        facts = {
-            **result.numbers, "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
-            "seed": self.plan.config.seed, "draws": asdict(self.plan.draws), "attention": self.attention,
-            "host_modulation": self.plan.has_host_modulation, "identity": self.plan.identity,
-        }  # fmt: skip
-        bundle = write_bundle(self.run_dir / "bundles", facts, weights, run_config_yaml(self.plan.config))
-        last = checkpoint.last_checkpoint(self.run_dir / "checkpoints")
         excess = self._guard.excess(result.loss) if self._verdict == "stop" else 0.0
-        raise TrainingError(refusal(result, self._verdict, excess, self.attention, bundle, last))
+        refuse_step(self.plan, result, self._verdict, excess, self.attention, weights)

@@ -14,6 +14,9 @@ from mochi_tune.errors import TrainingError
 from mochi_tune.files import append_line, read_json_lines
 from mochi_tune.training import checkpoint
 
+# File in the run folder with a row for each start.
+HISTORY_FILE = "history.jsonl"
+
 
 class RunLock:
     """Locks a run folder for this process.
@@ -118,10 +121,10 @@ def describe_environment(strategy: str, device: torch.device, num_processes: int
 
 def record_start(run_dir: Path, facts: dict) -> None:
     """Appends a start of the run to run_dir/history.jsonl, and waits until it is on disk."""
-    with open(run_dir / "history.jsonl", "a+b", buffering=0) as file:
+    with open(run_dir / HISTORY_FILE, "a+b", buffering=0) as file:
         append_line(file, json.dumps(facts).encode(), durable=True)
 
 
 def read_history(run_dir: Path) -> list[dict]:
     """Returns all rows that `record_start` wrote, without an incomplete line of a killed process."""
-    return read_json_lines(run_dir / "history.jsonl")
+    return read_json_lines(run_dir / HISTORY_FILE)

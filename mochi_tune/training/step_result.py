@@ -59,6 +59,9 @@ def merge_parts(
         gathered: for each process, the loss, the clips and the sigmas of its micro-batches, by number. Processes that
             share the tokens of a micro-batch have the same results.
     """
-    parts = [part for _, part in sorted({n: part for one in gathered for n, part in one.items()}.items())]
+    merged: dict[int, tuple[float, list[str], list[float]]] = {}
+    for number, part in (item for one in gathered for item in one.items()):
+        assert merged.setdefault(number, part)[1] == part[1], "processes that share tokens have the same clips"
+    parts = [merged[number] for number in sorted(merged)]
     loss = sum(value for value, _, _ in parts) / len(parts)
     return loss, [c for _, clips, _ in parts for c in clips], [round(s, 6) for _, _, sigmas in parts for s in sigmas]

@@ -95,7 +95,8 @@ def test_asked_to_stop_all_ranks_save_one_step_and_the_same_command_goes_on(stra
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_a_process_that_waits_for_its_data_passes_on_that_it_was_asked_to_save(tmp_path):
+@pytest.mark.parametrize(("number", "code", "saved"), [(signal.SIGUSR1, 0, [3, 5]), (signal.SIGTERM, 143, [3])])
+def test_a_process_that_waits_for_its_data_passes_on_what_it_was_asked_to_do(tmp_path, number, code, saved):
     """It is not the one that writes: all save together, after the step."""
     run_dir, more = tmp_path / "run", ["train.steps=5", "train.checkpoint_every=100", "train.keep_checkpoints=9"]
     with socket.socket() as free:
@@ -109,11 +110,11 @@ def test_a_process_that_waits_for_its_data_passes_on_that_it_was_asked_to_save(t
         ranks.append(Program(task, tmp_path / rank, slow, env | {"RANK": rank, "LOCAL_RANK": rank}))
     ranks[1].wait_until_held()
     ranks[1].wait_until(lambda: len(rows_of(run_dir)) == 2)
-    ranks[1].send(signal.SIGUSR1)
+    ranks[1].send(number)
     time.sleep(1)  # It looks for signals five times a second.
     ranks[1].release()
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].text()
-    assert sorted(folder.name for folder in (run_dir / "checkpoints").iterdir()) == ["step_000003", "step_000005"]
+    assert [rank.wait() for rank in ranks] == [code, code], ranks[1].text()
+    assert sorted(folder.name for folder in (run_dir / "checkpoints").iterdir()) == [f"step_{n:06d}" for n in saved]
 
 
 def test_a_slurm_job_that_is_requeued_goes_on(tmp_path):

@@ -13,6 +13,10 @@ from helpers_process import run, run_in
 from helpers_road import ENVIRONMENT, LORA, read_rows, road
 from safetensors.torch import load_file
 
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import ConfigError
+from mochi_tune.training.preflight import check
+
 STEPS = 14
 # The average is kept and given out, and a step that is left out is among them.
 COMMON = [a for a in LORA if "dropout" not in a] + [f"train.steps={STEPS}", "train.warmup_steps=0"]
@@ -171,6 +175,12 @@ def test_processes_that_share_tokens_have_the_same_samples(alone, tmp_path):
     assert len(mine["clips"]) == 4 and mine["clips"] == its["clips"]
     assert mine["loss"] == pytest.approx(its["loss"], rel=TOLERANCE)
     assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=GRADIENT_TOLERANCE)
+
+
+def test_processes_that_share_tokens_replace_no_clip(tmp_path):
+    config = load_config("my_lora", road(tmp_path, *COMMON, "data.damaged=quarantine", "parallel=context"))
+    with pytest.raises(ConfigError, match=r"data\.damaged=quarantine needs parallel\.context=1"):
+        check(config, 2)
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_strategy(alone, tmp_path):
