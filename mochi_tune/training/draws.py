@@ -92,11 +92,7 @@ class KeyedDraws:
 
     def uniforms(self, step: int) -> Tensor:
         """Returns a number in [0, 1) for each sample of a step, fp32, (S,)."""
-        count = self.batch_size * self.num_micro_batches
-        uniforms = torch.stack([_rand((), generator=self._generator(step, i)) for i in range(count)])
-        if not self.stratified:
-            return uniforms
-        return stratify(uniforms, torch.randperm(count, generator=keyed_generator(self.seed, "strata", step)))
+        return step_uniforms(self, step).clone()
 
     def draw(self, step: int, micro_batch: int, shape: Sequence[int]) -> Draws:
         """Draws the numbers of a micro-batch; `shape` is the shape of the latents of a sample, (C, T, h, w)."""
@@ -115,6 +111,17 @@ class KeyedDraws:
 
     def _generator(self, step: int, sample: int) -> torch.Generator:
         return keyed_generator(self.seed, "train", step, sample)
+
+
+# Each micro-batch of a step has them. With hundreds of micro-batches, drawing them for each takes a second a step.
+@functools.lru_cache(maxsize=4)
+def step_uniforms(draws: KeyedDraws, step: int) -> Tensor:
+    """Draws `KeyedDraws.uniforms`; callers must not change the tensor."""
+    count = draws.batch_size * draws.num_micro_batches
+    uniforms = torch.stack([_rand((), generator=keyed_generator(draws.seed, "train", step, i)) for i in range(count)])
+    if not draws.stratified:
+        return uniforms
+    return stratify(uniforms, torch.randperm(count, generator=keyed_generator(draws.seed, "strata", step)))
 
 
 def stratify(uniforms: Tensor, permutation: Tensor) -> Tensor:
