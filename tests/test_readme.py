@@ -23,6 +23,8 @@ from mochi_tune.cli.options import (
     plain_options,
 )
 from mochi_tune.config.load import load_config
+from mochi_tune.parallel.forecast import GIB
+from mochi_tune.recipes.plan import main as plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -98,6 +100,22 @@ def test_the_commands_of_the_docs_are_understood(page):
                 assert arguments[0] == "pull" and plain_options(verb, arguments[1:], PULL_OPTIONS)
         else:
             assert plain_options(verb, arguments, OPTIONS[verb])
+
+
+def test_the_table_of_cards_is_what_the_plan_says():
+    rows = re.findall(r"^\| \d+ GB \((\w+)\) \| ([\d.]+), ([\d.]+) \| ([\d.]+), ([\d.]+) \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for card, *figures in rows:
+        stages = plan(
+            load_config("my_lora", ["memory=auto", "data.videos=none", "data.cache=none"]), card.lower()
+        ).stages
+        train, denoise = (
+            next(stage for stage in stages if stage.name == name) for name in ("train", "sample: denoise")
+        )
+        largest = max(stage.total for stage in stages if stage.name.startswith("sample"))
+        planned = [train.total / GIB - 1, train.seconds, largest / GIB - 1, denoise.seconds]
+        places = [len(figure.partition(".")[2]) for figure in figures]
+        assert figures == [f"{each:.{place}f}" for each, place in zip(planned, places, strict=True)], card
 
 
 def test_the_settings_it_names_exist():

@@ -9,6 +9,9 @@ from mochi_tune.errors import ConfigError
 # The codecs of each format, the default first. Formats without a codec are written by Pillow.
 FORMATS = {"mp4": ("h264", "hevc", "av1"), "webm": ("vp9", "av1"), "gif": (), "webp": (), "png": ()}
 
+# Browsers show a frame of a GIF that is shorter than 20 ms for 100 ms.
+FASTEST_GIF = 50
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -85,6 +88,8 @@ def choose_encoding(sample: SampleConfig, num_frames: int) -> Encoding:
             f"out={sample.out} is one picture, but {num_frames} frames are requested: use num_frames=1, or "
             "format=png with a folder as out=."
         )
+    if name == "gif" and sample.fps > FASTEST_GIF:
+        raise ConfigError(f"sample.fps={sample.fps:g} is not for gif: use at most {FASTEST_GIF}, or webp or mp4.")
     if not FORMATS[name]:
         for key in ("codec", "crf"):
             if getattr(sample, key) is not None:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import av
 import pytest
 import torch
 from helpers_renders import write_adapter
@@ -35,6 +36,11 @@ def sample(folder, *more):
 
 def frames_of(folder, video):
     return torch.load(folder / "frames" / f"{video.stem}.pt", weights_only=True)
+
+
+def rate_of(video):
+    with av.open(str(video)) as container:
+        return container.streams.video[0].average_rate
 
 
 def out_of_memory(*_):
@@ -85,14 +91,8 @@ def test_a_video_that_cannot_be_written_leaves_its_latents_and_those_after_it(tm
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "write_video", full)
         with pytest.raises(OSError, match="No space left") as caught:
-            list(
-                recipe.main(
-                    load_config(
-                        "my_lora", road(tmp_path, "sample.steps=1", "sample.seeds=[1,2]", "sample.prompt=a cat")
-                    )
-                )
-            )
-    first, second = sorted((tmp_path / "samples").iterdir())
+            sample(tmp_path, "sample.num_frames=7", "sample.seeds=[1,2]")
+    first, second = sorted((tmp_path / "run" / "samples").iterdir())
     assert describe_trouble(caught.value) == (
         "x.mp4: No space left on device (the latents of 2 videos are kept: for each of them the same command with "
         f"latents={first} only decodes): choose another path."
@@ -108,9 +108,8 @@ def test_a_disk_too_full_for_the_latents_may_hold_the_video(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "save_latents", full)
         [video] = sample(tmp_path)
-        assert (
-            "No space left on device: the latents are not on disk until the video is written" in capsys.readouterr().err
-        )
+        told = capsys.readouterr().err
+        assert "No space left on device: the latents are not on disk until the video is written" in told
         assert sorted(path.suffix for path in video.parent.iterdir()) == [".json", ".mp4"]
         with pytest.raises(OSError, match="complete, but was written without its settings"):
             sample(tmp_path, "sample.save_latents=true")
@@ -123,10 +122,11 @@ def test_latents_of_an_earlier_version_have_their_settings_beside_them_or_none(t
         save_file(tensors, tmp_path / f"{name}.safetensors", metadata)
     shutil.copy(video.with_suffix(".json"), tmp_path / "beside.json")
     [beside] = sample(tmp_path, f"sample.latents={tmp_path / 'beside.safetensors'}", decoder_alone)
-    [alone] = sample(tmp_path, f"sample.latents={tmp_path / 'alone.safetensors'}", decoder_alone)
+    [alone] = sample(tmp_path, f"sample.latents={tmp_path / 'alone.safetensors'}", decoder_alone, "sample.fps=24")
     assert (beside.name, alone.name) == ("beside_2.mp4", "alone.mp4")
     told, nothing = (json.loads(path.with_suffix(".json").read_text()) for path in (beside, alone))
     assert (told["prompt"], told["seed"], nothing["prompt"], "seed" in nothing) == ("a red ball", 5, "", False)
+    assert (told["fps"], nothing["fps"], rate_of(beside), rate_of(alone)) == (30, 24, 30, 24)
     assert nothing["num_frames"] == 13 and nothing["latents"]["file"] == str(tmp_path / "alone.safetensors")
 
 
@@ -160,7 +160,9 @@ def test_wrong_files_are_refused_before_a_weight_is_read(tmp_path):
 
 
 def test_a_grid_without_memory_says_what_to_change_in_each_stage(tmp_path, monkeypatch):
-    config = load_config("my_lora", road(tmp_path, "sample.steps=1", "sample.grid=true", "sample.prompt=a red ball"))
+    config = load_config(
+        "my_lora", road(tmp_path, "sample.steps=1", "sample.grid=true", "sample.prompt=a red ball", "sample.fps=24")
+    )
     for function, stage, advice in (
         ("encode_prompts", "text", "use model.dtype=bf16"),
         ("sample_latents", "sample", "use memory=24gb or memory=16gb"),
@@ -174,3 +176,5 @@ def test_a_grid_without_memory_says_what_to_change_in_each_stage(tmp_path, monke
     [latents] = tmp_path.rglob("*.safetensors")
     with safe_open(latents, "pt") as file:
         assert json.loads(file.metadata()["settings"])["prompt"] == "a red ball"
+    cell, grid, _ = sample_grid(config)
+    assert (rate_of(cell), rate_of(grid), json.loads(cell.with_suffix(".json").read_text())["fps"]) == (24, 24, 24)

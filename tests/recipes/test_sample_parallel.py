@@ -104,8 +104,10 @@ def render_all(folder: Path, num_ranks: int) -> list[torch.Tensor]:
     for i, layout in enumerate(LAYOUTS[num_ranks]):
         for adapter in ("without", "with"):
             render(folder, f"{num_ranks}_{i}_{adapter}", layout, adapter)
+    saved = next((folder / "one_with").glob("*.safetensors"))
+    render(folder, f"{num_ranks}_saved", {"sample.latents": saved}, "with")
     mesh = Mesh(Layout(context=num_ranks), torch.device("cpu"), 600)
-    latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
+    latents = load_file(saved)["latents"]
     return list(decoded_frames(WeightsFolder(TOY).load_decoder("cpu", torch.float32), latents, mesh))
 
 
@@ -118,6 +120,8 @@ def test_every_layout_gives_the_latents_and_the_videos_of_one_process(
     alone, share, share_of_others = decoded
     assert_same_frames(torch.cat(together), alone, share)
     assert not any(others)
+    [saved] = (folder / f"frames_{num_ranks}_saved").iterdir()
+    assert_same_frames(torch.load(saved, weights_only=True), alone, share)
     for i, layout in enumerate(LAYOUTS[num_ranks]):
         for adapter in ("without", "with"):
             made = sorted((folder / f"{num_ranks}_{i}_{adapter}").iterdir())

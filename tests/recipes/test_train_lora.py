@@ -1,5 +1,6 @@
 import shutil
 
+import av
 import pytest
 import torch
 from helpers_cache import BUCKETS
@@ -188,13 +189,15 @@ def test_it_learns_the_clips(tmp_path):
 def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     """Rendered with the live adapter, they are what `sample` renders from the saved one, and the base stays whole."""
     more = ["train.sample_every=2", "train.sample_prompts=[a red ball]", "sample.steps=3", "train.warmup_steps=0"]
-    more += ["train.learning_rate=1e-2", "train.steps=2", "sample.negative_prompt=a cat"]
+    more += ["train.learning_rate=1e-2", "train.steps=2", "sample.negative_prompt=a cat", "sample.fps=24"]
     arguments = [a for a in road(tmp_path, *LORA, *more) if a != "train.sample_every=0"]
     config = load_config("my_lora", arguments)
     with keeping_frames(evaluate, tmp_path / "frames"):
         assert main(config) == 0
     videos = sorted(path.name for path in (tmp_path / "samples").glob("*.mp4"))
     assert videos == ["step_000000_prompt_0.mp4", "step_000002_prompt_0.mp4"]
+    with av.open(str(tmp_path / "samples" / videos[1])) as container:
+        assert container.streams.video[0].average_rate == 24
 
     assert config.sample.negative_prompt == "a cat"
     asked = [f"sample.out={tmp_path / 'again.mp4'}", "sample.compare=base", "sample.save_latents=true"]

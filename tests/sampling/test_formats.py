@@ -157,6 +157,18 @@ def test_a_failed_write_leaves_no_file(tmp_path, encoding):
 
 def test_rounding_errors_of_frame_durations_do_not_accumulate():
     assert sum(durations(163, 30, 10)) == 5430 and sum(durations(163, 30, 1)) == 5433
+    assert sum(durations(163, 24, 10)) == 6790 and set(durations(163, 24, 10)) == {40, 50}
+
+
+@pytest.mark.parametrize("encoding", CODED, ids=ids)
+@pytest.mark.parametrize("fps", [24.0, 23.976, 12.5, 1.0, 120.0])
+def test_a_video_has_the_rate_that_is_asked_for(tmp_path, encoding, fps):
+    path = write_video(tmp_path / f"x.{encoding.format}", [flat_frames(3)], encoding=encoding, fps=fps)
+    with av.open(str(path)) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-5)
+    # Matroska counts milliseconds.
+    times = [frame.time for frame in decoded(path)]
+    assert times == pytest.approx([0, 1 / fps, 2 / fps], abs=6e-4)
 
 
 @pytest.mark.parametrize("encoding", [*CODED, *LOSSLESS, *PICTURES, PNG], ids=ids)
@@ -236,6 +248,7 @@ def test_the_suffix_or_the_setting_chooses(tmp_path):
         ({"format": "webm", "codec": "h264"}, r"codec=h264 is not for webm: use vp9 or av1"),
         ({"format": "gif", "crf": 3}, r"sample\.crf=3 has no meaning for gif"),
         ({"format": "webp", "codec": "h264"}, r"sample\.codec=h264 has no meaning for webp"),
+        ({"format": "gif", "fps": 60}, r"sample\.fps=60 is not for gif: use at most 50"),
         ({"crf": 52}, r"sample\.crf=52 does not fit h264: use 0 \(best\) to 51"),
         ({"codec": "av1", "crf": 0}, r"sample\.crf=0 does not fit av1: use 1 .*lossless are h264, hevc and vp9"),
     ],
