@@ -1,4 +1,4 @@
-"""Files: atomic writes through a temporary name, fsync, locks and hashes; text, JSON and safetensors."""
+"""Files: atomic writes, fsync, locks and hashes; text, JSON and safetensors."""
 
 import codecs
 import contextlib
@@ -9,23 +9,18 @@ import json
 import math
 import os
 import shutil
-import socket
 import unicodedata
 from collections.abc import Iterator, Mapping
-from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mochi_tune.errors import CheckpointError, MochiTuneError, name_stand_in
+from mochi_tune.temporary import naming, remove_left_behind, temporary_file
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-# Errors of a full disk, and of a limit on the size of files.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Errors of a disk that fails, is lost or cannot be written to.
-_FAILS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
 # Errors of a disk without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # safetensors' codes of torch's dtypes, in the library's order. A file holds the tensors of later dtypes first.
@@ -62,7 +57,7 @@ def write_new(path: Path, content: bytes) -> None:
         FileExistsError: the file exists; it stays as it is.
         OSError: the disk is full or refuses.
     """
-    with temporary_file(path.with_name("write_new")) as temporary:
+    with temporary_file(path.with_name("write_new"), path) as temporary:
         temporary.write_bytes(content)
         fsync(temporary)
         _rename_new(temporary, path)
@@ -76,47 +71,6 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
         if durable:
             fsync(temporary)
         os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def temporary_file(path: Path) -> Iterator[Path]:
-    """Yields a path in the folder of `path` that no other process uses; an error removes what was written there.
-
-    An error of the disk names `path`.
-    """
-    temporary = path.with_name(temporary_name(path.name, os.getpid()))
-    with _naming(path, temporary):
-        try:
-            yield temporary
-        except BaseException:
-            # A disk that refused to write may refuse this too; the first error says what is wrong.
-            with contextlib.suppress(OSError):
-                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
-            raise
-
-
-@contextlib.contextmanager
-def _naming(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
-    """Makes errors of the disk name `path`: the system names no file when it refuses to write to an open one."""
-    try:
-        yield
-    except OSError as error:
-        # A full disk is never that of another file, such as the source of a copy.
-        if error.errno in _FULL or (error.errno in _FAILS and error.filename in (None, str(temporary))):
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
-
-
-def temporary_name(name: str, process: int | str) -> str:
-    """Returns the name that a process of this machine or container gives to the temporary file of a file."""
-    return f".{name}.{_host()}-{process}.tmp"
-
-
-@cache
-def _host() -> str:
-    # Machines that share a disk can have the same process ids, and so can containers with the same host name.
-    processes = os.readlink(path) if os.path.islink(path := "/proc/self/ns/pid") else ""
-    return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:6]
 
 
 def copy_atomic(source: Path, target: Path) -> None:
@@ -150,12 +104,6 @@ def _rename_new(source: Path, target: Path) -> None:
         source.unlink()
 
 
-def remove_temporary_files(folder: Path) -> None:
-    """Removes the temporary files that killed processes left in a folder; no process may be writing to it."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
-
-
 def is_elsewhere(path: Path) -> bool:
     """Whether a path is a link or a mount point, which cannot be replaced by renaming a folder next to it."""
     return path.is_symlink() or os.path.ismount(path)
@@ -183,7 +131,8 @@ def fsync(path: Path) -> None:
     """Waits until the bytes of a file or the entries of a folder are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -191,11 +140,14 @@ def fsync(path: Path) -> None:
 def make_writable_folder(folder: Path) -> None:
     """Makes a folder and writes a byte to it, so that missing permissions show before any work is done.
 
+    Removes the temporary files that killed processes left there.
+
     Raises:
         OSError: the folder cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with temporary_file(folder / "write_probe") as probe:
+    remove_left_behind(folder)
+    with temporary_file(folder / "write_probe", folder) as probe:
         probe.write_bytes(b"x")
         probe.unlink()
 
@@ -307,7 +259,7 @@ def append_line(file: IO[bytes], line: bytes, durable: bool = False) -> None:
     Raises:
         OSError: the disk is full or refuses; the error names the file.
     """
-    with _naming(file.name):
+    with naming(file.name):
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         # An incomplete line ends here, so that it does not spoil this one.
         end = b"" if file.read(1) in (b"", b"\n") else b"\n"

@@ -1,14 +1,9 @@
 """Checks of the files and folders that recipes write and never overwrite."""
 
-import glob
-import os
-import shutil
 from pathlib import Path
 
-import psutil
-
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import temporary_name
+from mochi_tune.temporary import remove_left_behind
 
 
 def check_new(out: Path, hint: str = "") -> None:
@@ -23,10 +18,7 @@ def check_new(out: Path, hint: str = "") -> None:
     """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={out} exists and is never overwritten: choose another name or remove it.{hint}")
-    for left in out.parent.glob(temporary_name(glob.escape(out.name), "*")):
-        process = left.stem.rpartition("-")[2]
-        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    remove_left_behind(out.parent, out.name)
 
 
 def check_new_file(out: Path, suffix: str) -> None:

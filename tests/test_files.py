@@ -13,7 +13,7 @@ from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save
 
-from mochi_tune import files
+from mochi_tune import files, temporary
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import load_tensors, read_text, save_tensors, write_new
 
@@ -146,10 +146,11 @@ def test_the_error_of_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
         "a": lambda: files.write_atomic(tmp_path / "a", bytes(100)),
         "copy": lambda: files.copy_atomic(tmp_path / "source", tmp_path / "copy"),
         "t.parquet": write_table,
-        "write_probe": lambda: files.make_writable_folder(tmp_path),
+        "new": lambda: write_new(tmp_path / "new", bytes(100)),
+        "": lambda: files.make_writable_folder(tmp_path),
     }
     for name, write in writes.items():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if name == "write_probe" else 50, former[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50 if name else 0, former[1]))
         try:
             with pytest.raises(OSError, match="File too large") as caught:
                 write()
@@ -224,11 +225,11 @@ def test_the_content_of_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypat
 
 def test_machines_and_containers_that_share_a_disk_do_not_share_temporary_files(tmp_path, monkeypatch):
     names = set()
-    monkeypatch.setattr(files, "_host", files._host.__wrapped__)  # Without its cache.
+    monkeypatch.setattr(temporary, "_host", temporary._host.__wrapped__)  # Without its cache.
     monkeypatch.setattr(os.path, "islink", lambda _: True)
     for host, container in (("node-1", "pid:[1]"), ("node-2", "pid:[1]"), ("node-1", "pid:[2]")):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
         monkeypatch.setattr(os, "readlink", lambda _, container=container: container)
-        with files.temporary_file(tmp_path / "a") as temporary:
-            names.add(temporary.name)
+        with temporary.temporary_file(tmp_path / "a") as path:
+            names.add(path.name)
     assert len(names) == 3

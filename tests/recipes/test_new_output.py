@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 
-from mochi_tune.files import temporary_file, temporary_name
+from mochi_tune.files import make_writable_folder
 from mochi_tune.recipes.new_output import check_new
+from mochi_tune.temporary import temporary_file, temporary_name
 
 
 def test_what_a_killed_process_left_of_an_output_is_removed(tmp_path):
@@ -26,5 +27,10 @@ def test_what_a_killed_process_left_of_an_output_is_removed(tmp_path):
         path.touch()
     check_new(out)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+    (tmp_path / temporary_name("c", os.getpid())).touch()  # Of another thread.
+    make_writable_folder(tmp_path)
+    kept[1] = tmp_path / temporary_name("c", os.getpid())
+    assert sorted(tmp_path.iterdir()) == sorted(kept), "what other killed processes left is removed too"
+    kept[1].unlink()
     with temporary_file(out) as temporary:
         assert temporary == left[1]
