@@ -124,6 +124,11 @@ def open_jobs(folder: Path, state: Literal["waiting", "running"] | None = None) 
     return [job for job in jobs if job.is_own]
 
 
+def is_queued(folder: Path, verb: str, conf: str) -> bool:
+    """Whether a job of this user waits or runs that will make the result of a verb for a conf."""
+    return any(job.verb == verb and f"conf={conf}" in job.arguments for job in open_jobs(folder))
+
+
 def ended_jobs(folder: Path) -> list[int]:
     """Returns the numbers of the jobs that have ended; after each change there may be new files."""
     return [job.number for job in list_jobs(folder) if job.ended]

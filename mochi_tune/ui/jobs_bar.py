@@ -58,7 +58,11 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
         return [*(part if each else gr.skip() for part, each in zip(parts, changed, strict=True)), now]
 
     def ask_to_stop(number: int | None) -> str:
-        return result_html(lambda: f"{_name(stop_job(folder, number or 0))}: asked to save and stop")
+        def act() -> str:
+            job = stop_job(folder, number or 0)
+            return f"{_name(job)}: {'taken out of the queue' if job.state == 'stopped' else 'asked to save and stop'}"
+
+        return result_html(act)
 
     def go_on(number: int | None) -> tuple[str, Any]:
         added: list[Job] = []

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from mochi_tune.config.explain import nearest
 from mochi_tune.config.load import SAMPLE_ALIASES, load_config, quote
-from mochi_tune.errors import ConfigError, DataError, MochiTuneError
+from mochi_tune.errors import CheckpointError, ConfigError, DataError, MochiTuneError
 from mochi_tune.files import file_sha256, parse_object, write_atomic
+from mochi_tune.sampling.adapters import check_has_adapter
 from mochi_tune.sampling.requests import read_requests
 from mochi_tune.ui.adapters import check_adapter, number_of
 from mochi_tune.ui.confs import PATHS, as_text, check_paths, conf_path
 from mochi_tune.ui.folder import OWN_FOLDER, inside, relative
+from mochi_tune.ui.jobs import is_queued
 from mochi_tune.ui.runs import folder_state
 
 # Default folders of `sample`: single videos, and the cells of grids.
@@ -71,7 +73,8 @@ class SampleForm:
         negative_prompt: prompt that guidance leads away from.
         seeds: seeds, separated by spaces or commas; "" for those of the conf.
         sizes: key of SIZES -> text; "" stands for the default.
-        adapters: (file, `hub:OWNER/NAME` or BASE; strength) of each adapter; empty: the adapter of the run.
+        adapters: (file, `hub:OWNER/NAME` or BASE; strength) of each adapter. Empty, or a first file of "": the adapter
+            of the run.
         kind: single videos, videos next to the base model's, or a grid.
         strengths: factors on the strengths in a grid, separated by spaces or commas.
         checkpoints: checkpoints in a grid: "all", or steps of the run, separated by spaces or commas; "" for none.
@@ -267,23 +270,13 @@ def arguments_of(folder: Path, conf: str, form: SampleForm) -> list[str]:
     Writes several prompts to a file in the page's own folder.
 
     Raises:
-        MochiTuneError: a setting does not fit, or an adapter does not exist.
+        MochiTuneError: a setting does not fit, an adapter does not exist, or none is chosen and the run has none.
     """
     prompts = [line.strip() for line in form.prompts.splitlines() if line.strip()]
     given = {"negative_prompt": form.negative_prompt.strip()} if form.negative_prompt.strip() else {}
     given |= {"seeds": f"[{', '.join(_whole_numbers('seeds', form.seeds))}]"} if form.seeds.strip() else {}
     given |= {key: text.strip() for key, text in form.sizes.items() if text.strip()}
-    named = [(name, strength.strip() or "1") for name, strength in form.adapters if name and name != BASE]
-    chosen = [(check_adapter(folder, name), strength) for name, strength in named]
-    for _, strength in chosen:
-        number_of("adapter_strength", strength)
-    if not chosen and form.adapters and form.adapters[0][0] == BASE:
-        given["adapter_strength"] = "0"
-    if len(chosen) == 1:
-        given |= {"adapter": chosen[0][0], "adapter_strength": chosen[0][1]}
-    elif chosen:
-        given["adapter"] = f"[{', '.join(quote(name) for name, _ in chosen)}]"
-        given["adapter_strength"] = f"[{', '.join(strength for _, strength in chosen)}]"
+    given |= _adapters(folder, form)
     given |= {"compare": "base"} if form.kind == "compare" else _grid(form) if form.kind == "grid" else {}
     for key, value in _more(form.more):
         if key in given:
@@ -305,7 +298,34 @@ def _check(folder: Path, conf: str, prompts: list[str], given: Mapping[str, str]
         config = load_config(str(conf_path(folder, conf)), overrides)
         check_paths(folder, config, [key for key in PATHS if key.startswith("sample.")])
         # Relative paths are relative to the folder, in which the verb will run.
-        read_requests(config.sample, config.data, config.seed, inside(folder, config.run_dir))
+        run_dir = inside(folder, config.run_dir)
+        read_requests(config.sample, config.data, config.seed, run_dir)
+        try:
+            check_has_adapter(config.sample, run_dir)
+        except CheckpointError:
+            # A training in the queue ends before this job starts.
+            if not is_queued(folder, "train", conf):
+                raise ConfigError(f"{conf} is not trained yet: choose an adapter, or none: the base.") from None
+
+
+def _adapters(folder: Path, form: SampleForm) -> dict[str, str]:
+    """Returns the settings of the chosen adapters, {} for the adapter of the run with the strength of the conf."""
+    named = [(name, strength.strip() or "1") for name, strength in form.adapters if name and name != BASE]
+    chosen = [(check_adapter(folder, name), strength) for name, strength in named]
+    first, first_strength = form.adapters[0] if form.adapters else ("", "")
+    if chosen and not first:
+        raise ConfigError("the run's own adapter takes no others beside it: choose its file from the list.")
+    for _, strength in chosen or [(first, first_strength.strip() or "1")]:
+        number_of("adapter_strength", strength)
+    if not first:
+        return {"adapter_strength": first_strength.strip()} if first_strength.strip() not in ("", "1") else {}
+    if first == BASE and not chosen:
+        # The conf may have a strength, which only adapters take.
+        return {"adapter": "none", "adapter_strength": "1"}
+    if len(chosen) > 1:
+        files, strengths = zip(*chosen, strict=True)
+        return {"adapter": f"[{', '.join(map(quote, files))}]", "adapter_strength": f"[{', '.join(strengths)}]"}
+    return {"adapter": chosen[0][0], "adapter_strength": chosen[0][1]}
 
 
 def _grid(form: SampleForm) -> dict[str, str]:

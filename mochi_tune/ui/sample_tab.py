@@ -100,7 +100,9 @@ class SampleFields:
         sizes: dict[str, str] = dict(zip(SIZES, texts[3:], strict=False))
         pairs = texts[3 + len(SIZES) : -4]
         kind, strengths, checkpoints, more = texts[-4:]
-        adapters = tuple((name, strength) for name, strength in zip(pairs[::2], pairs[1::2], strict=True) if name)
+        # Without a name, the strength of the first slot is that of the run's adapter.
+        slots = enumerate(zip(pairs[::2], pairs[1::2], strict=True))
+        adapters = tuple(slot for number, slot in slots if slot[0] or number == 0)
         assert kind in ("videos", "compare", "grid"), f"the page has no kind {kind}"
         return SampleForm(prompts, negative, seeds, sizes, adapters, kind, strengths, checkpoints, more)
 

@@ -14,7 +14,7 @@ from mochi_tune.ui import html, runs
 from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm, settings_reference
-from mochi_tune.ui.jobs import add_job, ended_jobs
+from mochi_tune.ui.jobs import add_job, ended_jobs, is_queued
 from mochi_tune.ui.jobs_bar import result_html
 from mochi_tune.ui.plan import known_cards, likely_card, plan_html
 from mochi_tune.ui.posters import posters
@@ -72,7 +72,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
     def train(replaces: bool, *values: Any) -> str:
         def add() -> str:
-            job = add_job(folder, "train", [f"conf={form.save(values, replaces)}"])
+            name = form.save(values, replaces)
+            check_prepared(folder, name, check_form(folder, form.form_of(values)).data.cache)
+            job = add_job(folder, "train", [f"conf={name}"])
             return f"job {job.number}, {job.title}, is in the queue; a run that was stopped goes on where it was"
 
         return result_html(add)
@@ -88,6 +90,16 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     save.click(save_only, [form.replaces, *form.inputs], said, **quiet)
     start.click(train, [form.replaces, *form.inputs], said, **quiet)
     build_runs(folder, form)
+
+
+def check_prepared(folder: Path, conf: str, cache: str) -> None:
+    """Refuses to train a conf without a cache, unless a job in the queue will make it.
+
+    Raises:
+        DataError: there is no cache.
+    """
+    if not (folder / cache).exists() and not is_queued(folder, "prepare", conf):
+        raise DataError(f"{conf} is not prepared: press Prepare in Data.")
 
 
 def build_runs(folder: Path, form: SettingsForm) -> None:
@@ -185,7 +197,7 @@ def figures_html(folder: Path, names: Sequence[str]) -> str:
             continue
         state, rows, best = runs.read_state(run_dir), runs.read_rows(run_dir / "metrics.jsonl"), runs.best_step(run_dir)
         last = rows[-1] if rows else {}
-        word = "trains" if state.owner_pid else "is complete" if state.is_finished else "rests"
+        word = "trains" if state.owner_pid else "is complete" if state.is_finished else "is stopped and can go on"
         figures = {
             "run": f"{Path(name).name} {word}",
             "step": str(state.step),

@@ -22,6 +22,13 @@ def test_without_a_job_there_is_nothing_to_choose_stop_or_repeat(tmp_path):
     assert row.visible and chosen.value == 1
 
 
+def test_a_job_that_waits_is_taken_out_of_the_queue(tmp_path):
+    functions = [event.fn for event in build_page(tmp_path).fns.values() if event.fn is not None]
+    stop = next(fn for fn in functions if (fn.__module__, fn.__name__) == (build_bar.__module__, "ask_to_stop"))
+    put(tmp_path, Job(1, "toy", ["--help"], "help"))
+    assert "job 1, help: taken out of the queue" in stop(1) and list_jobs(tmp_path)[0].state == "stopped"
+
+
 def test_go_on_selects_the_new_job(tmp_path):
     go_on = next(event.fn for event in build_page(tmp_path).fns.values() if event.api_name == "go_on")
     put(tmp_path, Job(1, "toy", ["--help"], "help", state="stopped", ended=1.0))

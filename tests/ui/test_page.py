@@ -143,7 +143,7 @@ def test_all_steps_by_clicks(server, browser, tmp_path):
         finally:
             terminal.kill()
     assert f"resuming runs/my_lora_tiny from step {stopped.step}\n" in words
-    says(page, "#figures", "my_lora_tiny rests")
+    says(page, "#figures", "my_lora_tiny is stopped and can go on")
     there = read_state(run_dir)
     assert there.checkpoints[-1] == there.step >= stopped.step + 2 and len(list_jobs(work)) == 3
 

@@ -5,12 +5,14 @@ import os
 
 import pytest
 from helpers_calls import count_calls
+from helpers_jobs import put
 from helpers_renders import write_adapter
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, DataError, MochiTuneError
 from mochi_tune.recipes.sample import main as sample
 from mochi_tune.ui.confs import Form, save_conf
+from mochi_tune.ui.jobs import Job
 from mochi_tune.ui.renders import BASE, SampleForm, arguments_of, find_render, form_of, list_renders
 
 FORM = SampleForm(
@@ -64,7 +66,20 @@ def test_every_kind_of_render_is_as_the_command_line_takes_it(tmp_path):
     asked = config_of(arguments_of(tmp_path, "cups", one)).sample
     assert (asked.compare, asked.adapter, asked.adapter_strength) == ("base", "loras/c.safetensors", 0.8)
     base = config_of(arguments_of(tmp_path, "cups", SampleForm("a", adapters=((BASE, ""),)))).sample
-    assert base.adapter is None and base.adapter_strength == 0
+    assert base.adapter == [] and base.adapter_strength == 1, "which needs no trained run"
+
+
+def test_no_choice_is_the_adapter_of_the_run_with_its_strength(tmp_path):
+    with pytest.raises(ConfigError, match="cups is not trained yet: choose an adapter, or none: the base"):
+        arguments_of(tmp_path, "cups", SampleForm("a"))
+    put(tmp_path, Job(1, "train", ["conf=cups"]))
+    assert arguments_of(tmp_path, "cups", SampleForm("a")) == ["conf=cups", "prompt=a"], "the training ends first"
+    put(tmp_path, Job(1, "train", ["conf=cups"], state="failed"))
+    (tmp_path / "runs" / "cups_tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "cups_tiny" / "adapter.safetensors").touch()
+    for strength, given in (("", []), ("1", []), (" 0.5 ", ["adapter_strength=0.5"]), ("0", ["adapter_strength=0"])):
+        form = SampleForm("a", adapters=(("", strength),))
+        assert arguments_of(tmp_path, "cups", form) == ["conf=cups", "prompt=a", *given]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +91,8 @@ def test_every_kind_of_render_is_as_the_command_line_takes_it(tmp_path):
         ({"adapters": (("gone.safetensors", "1"),)}, "gone.safetensors does not exist"),
         ({"adapters": (("../a.safetensors", "1"),)}, "outside of"),
         ({"adapters": (("loras/c.safetensors", "strong"),)}, "adapter_strength=strong does not fit"),
+        ({"adapters": (("", "nan"),)}, "adapter_strength=nan does not fit"),
+        ({"adapters": (("", "1"), ("loras/c.safetensors", "1"))}, "the run's own adapter takes no others beside it"),
         ({"kind": "grid", "checkpoints": "last"}, "checkpoints=last does not fit"),
         ({"more": "steps=3"}, "steps has a separate field"),
         ({"more": "guidence=3"}, "did you mean guidance"),

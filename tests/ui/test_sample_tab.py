@@ -11,8 +11,8 @@ pytest.importorskip("gradio")
 from mochi_tune.files import file_sha256
 from mochi_tune.ui.confs import MAIN_KEYS, Form, save_conf
 from mochi_tune.ui.page import build_page
-from mochi_tune.ui.renders import list_grids, run_of
-from mochi_tune.ui.sample_tab import conf_to_choose, grids_html
+from mochi_tune.ui.renders import SampleForm, list_grids, run_of
+from mochi_tune.ui.sample_tab import SampleFields, conf_to_choose, grids_html
 from mochi_tune.ui.server import served_file
 
 
@@ -29,6 +29,11 @@ def test_a_video_is_made_again_with_the_conf_of_its_run(tmp_path, monkeypatch):
         assert conf_to_choose(tmp_path, other, cups) == ("cups", ", and conf/cups.yaml is chosen")
     assert conf_to_choose(tmp_path, form, "runs/gone")[0] == ""
     assert "run_dir=runs/gone" in conf_to_choose(tmp_path, form, "runs/gone")[1]
+
+
+def test_the_strength_of_the_runs_own_adapter_is_kept():
+    form = SampleForm("a", adapters=(("", "0.5"),))
+    assert SampleFields.form_of(SampleFields.values_of(form)).adapters == form.adapters
 
 
 def test_a_video_whose_adapter_has_changed_is_not_made_again_without_a_word(tmp_path, monkeypatch):

@@ -9,10 +9,12 @@ from helpers_jobs import put
 
 pytest.importorskip("gradio")
 
+from mochi_tune.errors import DataError
 from mochi_tune.ui import train_tab
-from mochi_tune.ui.jobs import Job
+from mochi_tune.ui.confs import MAIN_KEYS
+from mochi_tune.ui.jobs import Job, list_jobs
 from mochi_tune.ui.page import build_page
-from mochi_tune.ui.train_tab import charts_html
+from mochi_tune.ui.train_tab import charts_html, check_prepared
 
 
 def write_run(folder: Path, number: int, validates: bool) -> str:
@@ -33,6 +35,25 @@ def test_runs_over_one_another_look_different_and_each_the_same_in_all_charts(tm
     looks = (Path(train_tab.__file__).parent / "page.css").read_text()
     for word in {word for style in styles for word in style.split()[1:]}:
         assert f".charts polyline.{word} {{" in looks and f".charts .legend .{word} {{" in looks
+
+
+def test_a_lora_that_is_not_prepared_is_not_trained(tmp_path):
+    with pytest.raises(DataError, match="cups is not prepared: press Prepare in Data"):
+        check_prepared(tmp_path, "cups", "cache/cups")
+    put(tmp_path, Job(1, "prepare", ["conf=cups"]))
+    check_prepared(tmp_path, "cups", "cache/cups")
+    put(tmp_path, Job(1, "prepare", ["conf=cups"], state="done"), Job(2, "prepare", ["conf=cats"]))
+    with pytest.raises(DataError, match="is not prepared"):
+        check_prepared(tmp_path, "cups", "cache/cups")
+    (tmp_path / "cache" / "cups").mkdir(parents=True)
+    check_prepared(tmp_path, "cups", "cache/cups")
+
+
+def test_the_button_train_checks_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = next(each.fn for each in build_page(tmp_path).fns.values() if each.api_name == "train")
+    said = train(False, "cups", *[""] * len(MAIN_KEYS), "")
+    assert "cups is not prepared: press Prepare in Data." in said and not list_jobs(tmp_path)
 
 
 def test_the_plan_is_drawn_anew_when_a_job_has_ended(tmp_path):
