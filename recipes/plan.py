@@ -31,20 +31,23 @@ from mochi_tune.parallel.forecast import (
     SAMPLING,
     SPARE_BYTES,
     Card,
-    SamplingStep,
     Step,
-    decoding_held,
-    decoding_seconds,
     encoding_held,
     encoding_seconds,
     fits,
-    sampling_held,
-    sampling_seconds,
     text_held,
 )
 from mochi_tune.parallel.forecast_context import find_card, sharing_seconds
+from mochi_tune.parallel.forecast_sampling import (
+    SamplingStep,
+    decoding_held,
+    decoding_seconds,
+    sampling_held,
+    sampling_seconds,
+)
 from mochi_tune.parallel.memory import SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_layout
+from mochi_tune.recipes.sample_plan import pays_for_tokens
 from mochi_tune.sampling.requests import read_rows, sampler_settings
 from mochi_tune.training.accelerator import check_strategy
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream, check_streaming, where_the_dit_is
@@ -81,11 +84,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Rendering:
-    """Denoising in `sample`: visual tokens and bytes of a process, and seconds of a step if the speed is known."""
+    """Denoising in `sample`: visual tokens and bytes of a process, and seconds of a step if the speed is known.
+
+    `is_compiled` is that of `sampling_held`.
+    """
 
     num_tokens: int
     held: dict[str, int]
     seconds: float | None
+    is_compiled: bool
 
 
 @dataclass(frozen=True)
@@ -157,11 +164,10 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         video = sample_size(config.sample, config.data)
         stages = [*stages_of_encoding(config, speed), *stages, *stages_of_decoding(config, video, speed)]
     advice += [
-        advise(stage.name, config, dit, rendering.num_tokens, step.dtype_bytes, free)
+        advise(stage.name, config, dit, rendering, step.dtype_bytes, free)
         for stage in stages
         if not fits(stage.held, free)
     ]
-    own = rendering.num_tokens
     return RunForecast(
         clips=clips,
         num_tokens=tokens,
@@ -169,7 +175,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         gib=gib,
         stages=stages,
         run_seconds=None if seconds is None else seconds * config.train.steps,
-        presets={name: preset_bytes(name, step, dit, own, free) for name in ("80gb", "24gb", "16gb", "12gb")},
+        presets={name: preset_bytes(name, step, dit, rendering, free) for name in ("80gb", "24gb", "16gb", "12gb")},
         advice=list(filter(None, advice)) or ["every stage fits as it is set"],
         processes=layout.in_words if layout.num_ranks > 1 else "",
         cache_bytes=int(count * sum(share * clip_bytes(bucket, dit, num_captions) for bucket, share in shares.items())),
@@ -191,14 +197,14 @@ def arranged(config: RunConfig, step: Step, free: int) -> tuple[list[str], tuple
     return plan.recompute, (plan.is_streamed, plan.offloads_inputs), ""
 
 
-def advise(stage: str, config: RunConfig, dit: DiTConfig, num_tokens: int, dtype_bytes: int, free: int) -> str:
+def advise(stage: str, config: RunConfig, dit: DiTConfig, rendering: Rendering, dtype_bytes: int, free: int) -> str:
     """Returns the settings with which a stage fits; "" for training, whose advice is the error of `arrange`.
 
     Args:
         stage: name of the stage.
         config: settings of the run.
         dit: sizes of the DiT.
-        num_tokens: visual tokens of a process of `sample`.
+        rendering: the estimate of denoising in `sample`.
         dtype_bytes: bytes of a number of the model.
         free: free bytes of the GPU.
     """
@@ -210,7 +216,7 @@ def advise(stage: str, config: RunConfig, dit: DiTConfig, num_tokens: int, dtype
     if stage == "sample: prompts":
         return forecast_advice.for_prompts(dtype_bytes, free)
     if stage == "sample: denoise":
-        return forecast_advice.for_denoising(dit, num_tokens, dtype_bytes, free)
+        return forecast_advice.for_denoising(dit, rendering.num_tokens, dtype_bytes, free, rendering.is_compiled)
     return forecast_advice.for_decoding(height, width, dtype_bytes, free) if stage == "sample: decode" else ""
 
 
@@ -236,7 +242,7 @@ def stages_of_decoding(config: RunConfig, video: tuple[int, int, int], speed: Ca
         Stage("sample: prompts", text_held(dtype_bytes)),
         Stage(
             "sample: decode",
-            decoding_held(*video[1:], rows * columns, dtype_bytes),
+            decoding_held(*video[1:], (rows, columns), dtype_bytes),
             None if speed is None else decoding_seconds(*video, speed),
             "a video",
         ),
@@ -253,9 +259,14 @@ def plan_rendering(
     own, residency = -(-tokens // layout.context), config.memory.dit
     if residency == "auto":
         residency = "resident" if fits(sampling_held(dit, own, "resident", dtype_bytes), free) else "offload"
-    held = sampling_held(dit, own, residency, dtype_bytes, layout.guidance * layout.context)
+    scales, is_compiled = sampler_settings(config.sample).scales, config.sample.compile
+    if is_compiled is None:
+        is_compiled = pays_for_tokens(sum(1 + (scale != 1) for scale in scales) * tokens)
+    # Only GPUs that multiply in fp8 round to it.
+    is_compiled = is_compiled or (speed is not None and not speed.has_fp8)
+    held = sampling_held(dit, own, residency, dtype_bytes, layout.guidance * layout.context, is_compiled)
     seconds = None if speed is None else rendering_seconds(config, dit, tokens, speed, layout, residency)
-    return Rendering(own, held, seconds), refused
+    return Rendering(own, held, seconds, is_compiled), refused
 
 
 def rendering_layout(config: RunConfig, dit: DiTConfig, num_tokens: int, card: Card) -> tuple[Layout, str]:
@@ -287,15 +298,18 @@ def rendering_seconds(
     return sampling_seconds(step, card) + passes * sharing_seconds(layout.split, dit, num_tokens, card)
 
 
-def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) -> tuple[int | None, int | None]:
+def preset_bytes(
+    name: str, step: Step, dit: DiTConfig, rendering: Rendering, free: int
+) -> tuple[int | None, int | None]:
     """Returns the bytes, with the reserve, of `train` and `sample` with memory=NAME; None where it does not apply."""
     train = next((flags for known, *flags in ARRANGEMENTS if known == name), None)
     if train is not None and any(train) and not can_stream(step):
         train = None
-    sample = SAMPLING.get(name)
+    sample, own = SAMPLING.get(name), rendering.num_tokens
+    held = sampling_held(dit, own, sample or "resident", step.dtype_bytes, is_compiled=rendering.is_compiled)
     return (
         None if train is None else sum(step.held(step.policies(free, *train), *train).values()) + SPARE_BYTES,
-        None if sample is None else sum(sampling_held(dit, tokens, sample, step.dtype_bytes).values()) + SPARE_BYTES,
+        None if sample is None else sum(held.values()) + SPARE_BYTES,
     )
 
 

@@ -22,9 +22,17 @@ from mochi_tune.errors import CheckpointError, MochiTuneError, counted, printabl
 from mochi_tune.files import make_writable_folder, move_to_free_name
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.vae_streaming import WHOLE
-from mochi_tune.parallel.forecast import decoding_held, encoding_held
+from mochi_tune.parallel.forecast import encoding_held, free_bytes
+from mochi_tune.parallel.forecast_sampling import decoding_held
 from mochi_tune.parallel.mesh import Mesh
-from mochi_tune.recipes.sample_plan import RenderPlan, check, choose_residency, lost_tails, pays_to_compile
+from mochi_tune.recipes.sample_plan import (
+    RenderPlan,
+    check,
+    check_decoding,
+    choose_residency,
+    lost_tails,
+    pays_to_compile,
+)
 from mochi_tune.recipes.start_video import Start, encode_starts, start_of, starts_of
 from mochi_tune.sampling.prompt_cache import PromptCache
 from mochi_tune.sampling.record import Sampled, Usage, describe, file_metadata, noise_of, save_latents, save_settings
@@ -73,7 +81,7 @@ def main(config: RunConfig) -> Iterator[Path]:
     trouble: Exception | None = None
     stopped_by = 0
     try:
-        with usage.stage("sample", plan.held(setup.residency, dtype.itemsize)):
+        with usage.stage("sample", plan.held(setup.residency, dtype.itemsize, setup.is_compiled)):
             stopped_by = render(plan, mine, (features, encoded), setup, finished)
     except Exception as error:
         # With several processes, the others would wait for this one in the decoder.
@@ -104,6 +112,7 @@ def set_up(
         mesh = Mesh(plan.layout, device, parallel.timeout_seconds, parallel.check_inputs)
         mine = mine[mesh.data_rank :: plan.layout.data]
     if plan.saved is not None:
+        check_decoding(config, plan, free_bytes(device))
         return Setup(device, DTYPES[config.model.dtype], mesh=mesh), mine
     residency, compiles = choose_residency(config, plan, device), config.sample.compile
     if compiles is None:
@@ -121,14 +130,15 @@ def write_videos(
     """Decodes what this process has sampled; yields each video when it is written. An error leaves the latents."""
     rows, columns = config.memory.tiles or WHOLE
     largest, mesh = max(plan.requests, key=lambda request: request.height * request.width), setup.mesh
-    held = decoding_held(largest.height, largest.width, rows * columns, setup.dtype.itemsize)
+    held = decoding_held(largest.height, largest.width, (rows, columns), setup.dtype.itemsize)
     left = list(finished)
     with naming_latents(left), usage.stage("decode", held):
         decoder = plan.weights.load_decoder(setup.device, setup.dtype)
         for each in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
             variants = [decoded_frames(decoder, state, mesh, (rows, columns)) for state in each.states.values()]
-            if mesh is not None and len(variants) > 1:
-                # Decoding is collective: interleaving the chunks of two videos would deadlock.
+            if len(variants) > 1:
+                # Decoders in turn would each hold their frames on the device. With several processes, which decode
+                # together, they would deadlock.
                 variants = [iter(list(frames)) for frames in variants]
             chunks = side_by_side(variants)
             if mesh is not None and not mesh.is_writer:

@@ -249,7 +249,7 @@ class CellRenderer:
     def choose_residency(self) -> str:
         """Returns where the DiT's weights are during sampling, as `sample.choose_residency`."""
         if not self._residency:
-            self._residency = choose_residency(self._config, self._plan, self._device)
+            self._residency = choose_residency(self._config, self._plan, self._device, may_compile=False)
         return self._residency
 
     @explain_out_of_memory("sample")
@@ -329,7 +329,7 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
     renderer, plan = CellRenderer(config, cells, usage), cells[0].plan
     trouble: Exception | None = None
     if unsampled := [cell for cell in cells if not has_latents(cell)]:
-        held = plan.held(renderer.choose_residency(), DTYPES[config.model.dtype].itemsize)
+        held = plan.held(renderer.choose_residency(), DTYPES[config.model.dtype].itemsize, is_compiled=False)
         with usage.stage("text"):
             features = renderer.encode([cell.request for cell in unsampled])
         with usage.stage("sample", held), StopSignal() as stop:

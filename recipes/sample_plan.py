@@ -16,9 +16,12 @@ from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES
 from mochi_tune.models.latents import num_visual_tokens
 from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
-from mochi_tune.models.vae_streaming import check_tiles
-from mochi_tune.parallel.forecast import GIB, SAMPLING, free_bytes, sampling_held
+from mochi_tune.models.vae import DecoderConfig
+from mochi_tune.models.vae_streaming import WHOLE, check_tiles
+from mochi_tune.parallel.forecast import GIB, SAMPLING, free_bytes
+from mochi_tune.parallel.forecast_advice import for_decoding
 from mochi_tune.parallel.forecast_context import card_here
+from mochi_tune.parallel.forecast_sampling import decoding_held, sampling_held
 from mochi_tune.parallel.memory import PRECISIONS, SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Videos, choose_layout
 from mochi_tune.recipes.start_video import check_starts, starts_of
@@ -88,11 +91,10 @@ class RenderPlan:
         """The distinct prompts and negative prompts, in order."""
         return list(dict.fromkeys(text for r in self.requests for text in (r.prompt, r.negative_prompt)))
 
-    def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
-        """Returns the bytes on one device while the largest video is sampled, by purpose."""
-        layout = self.layout
-        tokens = -(-self.num_tokens // layout.context)
-        return sampling_held(self.weights.dit_config, tokens, residency, dtype_bytes, layout.guidance * layout.context)
+    def held(self, residency: str, dtype_bytes: int, is_compiled: bool = True) -> dict[str, int]:
+        """Returns the bytes on one device while the largest video is sampled, by purpose; see `sampling_held`."""
+        tokens, num_sharing = -(-self.num_tokens // self.layout.context), self.layout.guidance * self.layout.context
+        return sampling_held(self.weights.dit_config, tokens, residency, dtype_bytes, num_sharing, is_compiled)
 
 
 def check(config: RunConfig, num_processes: int) -> RenderPlan:
@@ -194,11 +196,13 @@ def pays_to_compile(residency: str, requests: list[Request], num_variants: int) 
     if residency not in PRECISIONS:
         # In the model's dtype, custom kernels fuse as much.
         return False
-    saved = 0.0
-    for request in requests:
-        passes = sum(1 + (scale != 1) for scale in request.settings.scales)
-        saved += num_variants * passes * num_tokens(request) * COMPILED_SAVES
-    return saved > COMPILE_SECONDS
+    computed = (sum(1 + (s != 1) for s in request.settings.scales) * num_tokens(request) for request in requests)
+    return pays_for_tokens(num_variants * sum(computed))
+
+
+def pays_for_tokens(num_tokens: int) -> bool:
+    """Whether compiling 8-bit blocks pays for this many visual tokens in all passes."""
+    return num_tokens * COMPILED_SAVES > COMPILE_SECONDS
 
 
 def num_tokens(request: Request) -> int:
@@ -206,23 +210,56 @@ def num_tokens(request: Request) -> int:
     return num_visual_tokens(request.num_frames, request.height, request.width)
 
 
-def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) -> str:
+def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device, may_compile: bool = True) -> str:
     """Returns where the DiT's weights are during sampling, one of `parallel.memory.RESIDENCIES`.
 
+    Args:
+        config: settings of the run.
+        plan: the videos.
+        device: the device of this process.
+        may_compile: whether blocks are compiled where `sample.compile` is true, or null and it pays.
+
     Raises:
-        ConfigError: the GPU has too little free memory; the error names settings that fit.
+        ConfigError: the GPU has too little free memory for the DiT or for the decoder; names settings that fit.
     """
     asked, free = config.memory.dit, free_bytes(device)
     candidates = ["resident", "offload"] if asked == "auto" else ["offload" if asked == "stream" else asked]
     if free is None:
         return candidates[0]
-    dtype_bytes = DTYPES[config.model.dtype].itemsize
+    check_decoding(config, plan, free)
+    dtype_bytes, compiles = DTYPES[config.model.dtype].itemsize, config.sample.compile
+    # GPUs that do not multiply in fp8 do not round to it either.
+    rounds = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+    def held(residency: str) -> dict[str, int]:
+        # The last process has the fewest videos.
+        fewest = plan.requests[plan.layout.data - 1 :: plan.layout.data]
+        is_compiled = pays_to_compile(residency, fewest, len(plan.variants)) if compiles is None else compiles
+        return plan.held(residency, dtype_bytes, (may_compile and is_compiled) or not rounds)
+
     for residency in candidates:
-        if fits(plan.held(residency, dtype_bytes), free):
+        if fits(held(residency), free):
             return residency
-    smaller = [name for name in ("24gb", "16gb") if fits(plan.held(SAMPLING[name], dtype_bytes), free)]
+    smaller = [name for name in ("24gb", "16gb") if fits(held(SAMPLING[name]), free)]
     advice = (
         " or ".join(f"memory={name}" for name in smaller) or "fewer frames, a smaller height and width, or more GPUs"
     )
-    held = describe(plan.held(candidates[-1], dtype_bytes))
-    raise ConfigError(f"sampling needs {held}, and {free / GIB:.1f} GiB are free: use {advice}.")
+    needed = describe(held(candidates[-1]))
+    raise ConfigError(f"sampling needs {needed}, and {free / GIB:.1f} GiB are free: use {advice}.")
+
+
+def check_decoding(config: RunConfig, plan: RenderPlan, free: int | None) -> None:
+    """Refuses videos that need more than `free` bytes in the decoder, before time is spent on sampling them.
+
+    Raises:
+        ConfigError: the GPU has too little free memory; names settings that fit.
+    """
+    # The decoder is only estimated at its official size.
+    if free is None or plan.weights.decoder_config != DecoderConfig():
+        return
+    rows, columns = config.memory.tiles or WHOLE
+    largest, dtype_bytes = max(plan.requests, key=lambda r: r.height * r.width), DTYPES[config.model.dtype].itemsize
+    held = decoding_held(largest.height, largest.width, (rows, columns), dtype_bytes)
+    if not fits(held, free):
+        advice = for_decoding(largest.height, largest.width, dtype_bytes, free).removeprefix("sample: ")
+        raise ConfigError(f"decoding needs {describe(held)}, and {free / GIB:.1f} GiB are free: {advice}.")

@@ -1,4 +1,4 @@
-"""Estimates the GPU memory, by purpose, and the seconds of a run from sizes alone.
+"""Estimates the GPU memory, by purpose, and the seconds of a run from sizes alone; `sample` has `forecast_sampling`.
 
 Memory is the sum of all that is held. Time is the arithmetic at the GPU's rates, plus the bytes that operations between
 matrix products move at its bandwidth. The constants are fitted to the rows of docs/benchmarks.md that were measured
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.eight_bit import EIGHT_BIT
 from mochi_tune.models.flops import dit_flops
-from mochi_tune.models.text_encoder import MAX_TOKENS
 from mochi_tune.parallel.precision import LARGE_LAYERS
 from mochi_tune.parallel.stream import NUM_BUFFERS
 
@@ -38,12 +37,11 @@ RECOMPUTED_BYTES, ROUNDED_BYTES = 170, 170
 BASE_BYTES, SPARE_BYTES = GIB // 4, GIB
 # Arithmetic of attention's backward pass relative to its forward pass: 5 products, with the recomputed scores, to 2.
 ATTENTION_BACKWARD = 2.5
-# Bytes per pixel: of the decoder in chunks of time; of the encoder for any number of frames, and for each frame.
-DECODER_PIXEL_BYTES, ENCODER_PIXEL_BYTES, ENCODER_FRAME_BYTES = 12700, 1850, 154
-# FLOPs per pixel of one frame, and the rate that the VAE reaches relative to that of matrix products.
-DECODER_PIXEL_FLOPS, DECODER_SHARE = 243e12 / (37 * 480 * 848), 0.59
+# Bytes of the encoder per pixel for any number of frames, and for each frame.
+ENCODER_PIXEL_BYTES, ENCODER_FRAME_BYTES = 1850, 154
+# FLOPs per pixel of one frame, and the rate that the encoder reaches relative to that of matrix products.
 ENCODER_PIXEL_FLOPS, ENCODER_SHARE = 63.9e12 / (37 * 480 * 848), 0.25
-T5_PARAMETERS, DECODER_PARAMETERS, ENCODER_PARAMETERS = 4.76e9, 0.362e9, 0.098e9
+T5_PARAMETERS, ENCODER_PARAMETERS = 4.76e9, 0.098e9
 # The part of T5's parameters that is never in 8 bits.
 T5_EMBEDDING = 32128 * 4096
 # State of each `train.optimizer`, in fp32 numbers per trained number.
@@ -239,76 +237,6 @@ class Step:
         )
         # Streamed weights are copied once forward and once backward, in parallel with the arithmetic.
         return max(computed, 2 * self.weights["blocks"] / card.host) if is_streamed else computed
-
-
-def sampling_held(
-    config: DiTConfig, num_tokens: int, dit: str, dtype_bytes: int = 2, num_sharing: int = 2
-) -> dict[str, int]:
-    """Returns the bytes on the device while the DiT samples.
-
-    Args:
-        config: sizes of the DiT.
-        num_tokens: visual tokens of one video on this process.
-        dit: `memory.dit`.
-        dtype_bytes: bytes of one number of the DiT.
-        num_sharing: number of processes of one video, over which "shard" splits the weights.
-    """
-    weights = weight_bytes(config, dtype_bytes, "bf16")
-    blocks = weights["blocks"] // (2 if dit in ("int8", "fp8") and dtype_bytes == 2 else 1)
-    # Two offloaded blocks are on the device at a time.
-    two = 2 * blocks // config.depth
-    blocks = {"offload": two, "stream": two, "shard": blocks // num_sharing}.get(dit, blocks)
-    return {
-        "weights": blocks + weights["rest"],
-        "largest block": INSIDE_BYTES["sample"] * num_tokens * config.hidden_size_x,
-        "other": BASE_BYTES,
-    }
-
-
-@dataclass(frozen=True)
-class SamplingStep:
-    """A step of the sampler.
-
-    Attributes:
-        config: sizes of the DiT.
-        num_tokens: visual tokens of the video.
-        dit: `memory.dit`.
-        passes: forward passes; 2 with guidance, and a fraction for the mean of steps with and without it.
-        num_sharing: number of processes that share the tokens.
-        dtype_bytes: bytes of one number of the DiT.
-    """
-
-    config: DiTConfig
-    num_tokens: int
-    dit: str = "resident"
-    passes: float = 2
-    num_sharing: int = 1
-    dtype_bytes: int = 2
-
-
-def sampling_seconds(step: SamplingStep, card: Card) -> float:
-    """Returns the seconds of a step of the sampler with the longest prompt, without communication of processes."""
-    config, width = step.config, step.config.hidden_size_x
-    matrix, attention = dit_flops(config, step.num_tokens, MAX_TOKENS)
-    moved = MOVED_BYTES["sample"] * step.num_tokens * width * config.depth
-    rate = card.matrix * MATRIX_SHARE * (2 if step.dit == "fp8" and card.has_fp8 else 1)
-    one_pass = matrix / rate + attention / (card.matrix * ATTENTION_SHARE) + moved / card.bandwidth
-    # Each process copies offloaded weights once per pass, in parallel with the arithmetic.
-    is_copied = step.dit in ("offload", "stream")
-    copied = weight_bytes(config, step.dtype_bytes)["blocks"] / card.host if is_copied else 0
-    return step.passes * max(one_pass / step.num_sharing, copied)
-
-
-def decoding_held(height: int, width: int, tiles: int = 1, dtype_bytes: int = 2) -> dict[str, int]:
-    """Returns the bytes on the device while a video of any length is decoded in this number of tiles."""
-    pixels = height * width / tiles * (1.3 if tiles > 1 else 1)
-    held = int(DECODER_PIXEL_BYTES * pixels * dtype_bytes / 2)
-    return {"weights": int(DECODER_PARAMETERS * dtype_bytes), "largest block": held, "other": BASE_BYTES}
-
-
-def decoding_seconds(num_frames: int, height: int, width: int, card: Card) -> float:
-    """Returns the seconds of decoding a video in bf16."""
-    return DECODER_PIXEL_FLOPS * num_frames * height * width / (card.matrix * MATRIX_SHARE * DECODER_SHARE)
 
 
 def encoding_held(num_frames: int, height: int, width: int, dtype_bytes: int = 2) -> dict[str, int]:

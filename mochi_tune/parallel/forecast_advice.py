@@ -14,12 +14,11 @@ from mochi_tune.parallel.forecast import (
     GIB,
     SAMPLING,
     SPARE_BYTES,
-    decoding_held,
     encoding_held,
     fits,
-    sampling_held,
     text_held,
 )
+from mochi_tune.parallel.forecast_sampling import decoding_held, sampling_held
 
 # Maximum tiles over rows and over columns: more of them would consist mostly of overlap.
 MOST_TILES = 8
@@ -57,9 +56,12 @@ def for_prompts(dtype_bytes: int, free: int) -> str:
     )
 
 
-def for_denoising(config: DiTConfig, num_tokens: int, dtype_bytes: int, free: int) -> str:
-    """Returns what to set if the DiT does not fit in `sample`."""
-    held = {name: sampling_held(config, num_tokens, dit, dtype_bytes) for name, dit in SAMPLING.items()}
+def for_denoising(config: DiTConfig, num_tokens: int, dtype_bytes: int, free: int, is_compiled: bool = True) -> str:
+    """Returns what to set if the DiT does not fit in `sample`; `is_compiled` is that of `sampling_held`."""
+    held = {
+        name: sampling_held(config, num_tokens, dit, dtype_bytes, is_compiled=is_compiled)
+        for name, dit in SAMPLING.items()
+    }
     fitting = [name for name in held if fits(held[name], free)]
     if not fitting:
         return f"sample: lower sample.num_frames, sample.height or sample.width, or use more GPUs or {LARGER}"
@@ -78,6 +80,6 @@ def for_decoding(height: int, width: int, dtype_bytes: int, free: int) -> str:
             check_tiles(tiles, height, width)
         except ConfigError:
             continue
-        if fits(decoding_held(height, width, tiles[0] * tiles[1], dtype_bytes), free):
+        if fits(decoding_held(height, width, tiles, dtype_bytes), free):
             return f"sample: use memory.tiles=[{tiles[0]},{tiles[1]}]"
     return f"sample: lower sample.height or sample.width, or decode on {LARGER}"

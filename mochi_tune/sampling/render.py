@@ -20,6 +20,7 @@ from mochi_tune.models.vae_streaming import WHOLE, Tiles, decode_chunks
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.decode import decode_rounds
+from mochi_tune.parallel.forecast_sampling import MAX_ONE_BATCH_TOKENS
 from mochi_tune.parallel.memory import (
     PRECISIONS,
     RESIDENCIES,
@@ -45,9 +46,6 @@ ATTENTION_KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-# Latents per channel, four per token, below which copying offloaded weights over PCIe takes longer than a pass. The two
-# passes of guidance then run as one batch.
-MAX_ONE_BATCH_SIZE = 4 * 16000
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,9 @@ def follow_schedules(
 
 
 def _guide_in_one_batch_if_short(denoiser: Denoiser, latents: Tensor, sigma: float, scale: float) -> Tensor:
-    guide = guide_in_one_batch if latents[0, 0].numel() < MAX_ONE_BATCH_SIZE else guide_in_turn
+    # A token has four latents of each channel.
+    is_short = latents[0, 0].numel() < 4 * MAX_ONE_BATCH_TOKENS
+    guide = guide_in_one_batch if is_short else guide_in_turn
     return guide(denoiser, latents, sigma, scale)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mochi_tune.errors import CheckpointError, format_bytes, one_line
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.models.vae import Decoder, Encoder
+from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder
 from mochi_tune.weights.configs import read_diffusers_config, read_official_config
 from mochi_tune.weights.files import (
     SUMS,
@@ -110,6 +110,11 @@ class WeightsFolder:
     def dit_config(self) -> DiTConfig:
         """The configuration of the DiT; raises as `load_dit`."""
         return self._plan("dit").config
+
+    @property
+    def decoder_config(self) -> DecoderConfig:
+        """The configuration of the decoder; raises as `load_decoder`."""
+        return self._plan("decoder").config
 
     def dit_skeleton(self) -> AsymmDiT:
         """Builds the AsymmDiT on the meta device, without weights; raises as `load_dit`."""

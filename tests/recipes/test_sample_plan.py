@@ -6,12 +6,15 @@ from helpers_road import road
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.dit import DiTConfig
-from mochi_tune.parallel.forecast import GIB, sampling_held
+from mochi_tune.models.vae import DecoderConfig
+from mochi_tune.parallel.forecast import GIB
+from mochi_tune.parallel.forecast_sampling import sampling_held
 from mochi_tune.parallel.memory import PRECISIONS, RESIDENCIES
 from mochi_tune.recipes import sample as recipe
 from mochi_tune.recipes import sample_plan
 from mochi_tune.recipes.sample_plan import pays_to_compile
 from mochi_tune.sampling.requests import read_requests
+from mochi_tune.weights.folder import WeightsFolder
 
 
 def test_blocks_are_compiled_where_the_steps_pay_for_it(tmp_path):
@@ -32,21 +35,37 @@ def test_blocks_are_compiled_where_the_steps_pay_for_it(tmp_path):
 
 def test_what_cannot_fit_is_refused_and_auto_chooses_what_does(tmp_path, monkeypatch):
     """The tiny model, of which the plan believes that it is the real one."""
-    full = lambda _plan, residency, dtype_bytes: sampling_held(DiTConfig(), 11130, residency, dtype_bytes)  # noqa: E731
+
+    def full(_plan, residency, dtype_bytes, is_compiled=True):
+        return sampling_held(DiTConfig(), 11130, residency, dtype_bytes, is_compiled=is_compiled)
+
     monkeypatch.setattr(sample_plan.RenderPlan, "held", full)
     chosen = []
     monkeypatch.setattr(recipe, "prepare_dit", lambda *arguments: chosen.append(arguments[2].residency) or 1 / 0)
 
-    def residency(gib, memory):
+    def residency(gib, memory, *settings_of_run):
         monkeypatch.setattr(sample_plan, "free_bytes", lambda _device: None if gib is None else int(gib * GIB))
         settings = ["prompt=a cat", "steps=1", "num_frames=7", f"prompt_cache={tmp_path / 'cache'}"]
-        more = [f"sample.{s}" for s in settings] + ["model.dtype=bf16", f"memory={memory}"]
+        more = [f"sample.{s}" for s in settings] + ["model.dtype=bf16", f"memory={memory}", *settings_of_run]
         with pytest.raises(ZeroDivisionError):
             list(recipe.main(load_config("my_lora", road(tmp_path, *more))))
         return chosen.pop()
 
     assert [residency(gib, "auto") for gib in (None, 16, 8)] == ["resident", "resident", "offload"]
     assert [residency(12, memory) for memory in ("24gb", "16gb")] == ["fp8", "offload"]
+    # Blocks that are not compiled hold copies of what they round to fp8.
+    assert residency(9.5, "24gb", "sample.compile=true") == "fp8"
+    with pytest.raises(ConfigError, match=r"sampling needs 10\.2 GiB .* and 9\.5 GiB are free: use memory=16gb\."):
+        residency(9.5, "24gb", "sample.compile=false")
+    # The decoder comes after all of the sampling.
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightsFolder, "decoder_config", DecoderConfig())
+        large = ["sample.height=720", "sample.width=1280"]
+        with pytest.raises(
+            ConfigError, match=r"decoding needs 12\.8 .* 12\.0 GiB are free: use memory\.tiles=\[1,2\]\.$"
+        ):
+            residency(12, "16gb", *large)
+        assert residency(12, "16gb", *large, "memory.tiles=[1,2]") == "offload"
     with pytest.raises(
         ConfigError, match=r"sampling needs 15\.7 GiB .* and 12\.0 GiB .* use memory=24gb or memory=16gb"
     ):
