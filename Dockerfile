@@ -2,7 +2,7 @@
 # Container Toolkit. Build: docker build -t mochi-tune .
 FROM python:3.12-slim-bookworm
 
-# gcc for torch.compile; tini, which forwards SIGTERM, so that a stopped container saves its step; libgl1 and
+# gcc for Triton and torch.compile; tini, which forwards SIGTERM, so that a stopped container saves its step; libgl1 and
 # libglib2.0-0 for OpenCV, which split uses.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev tini libgl1 libglib2.0-0 \

@@ -66,6 +66,7 @@ def main(weights: Path, device: str) -> Iterator[Finding]:
     if torch_finding.verdict != FAIL:
         yield from check_gpus()
         yield check_attention()
+        yield check_kernels()
     yield check_memory()
     yield check_disk(Path.cwd(), weights)
     yield check_video()
@@ -160,6 +161,20 @@ def check_attention() -> Finding:
         return Finding("attention", "no fused kernel runs here", advice, FAIL)
     fastest_first = sorted(seconds, key=lambda name: seconds[name])
     return Finding("attention", ", ".join(f"{name} {1000 * seconds[name]:.2g} ms" for name in fastest_first))
+
+
+def check_kernels() -> Finding:
+    """Checks that Triton launches kernels on the GPU, for which it compiles C code."""
+    import torch
+
+    from mochi_tune.models.device import TRITON_NEEDS, triton_fault
+
+    if not torch.cuda.is_available():
+        return Finding("kernels", "PyTorch's own, on the CPU")
+    if fault := triton_fault(torch.device("cuda")):
+        advice = f"install {TRITON_NEEDS}; without them `prepare` and `sample` are slower, and nothing is compiled"
+        return Finding("kernels", f"Triton's do not run here: {fault}", advice, NOTE)
+    return Finding("kernels", "Triton's run here")
 
 
 def check_memory() -> Finding:
@@ -274,8 +289,13 @@ def check_numbers(device: str) -> Finding:
     sigma = torch.tensor([0.7])
     with torch.no_grad():
         exact = folder.load_dit("cpu", torch.float32).double()(latents.double(), sigma.double(), prompt.double(), mask)
-        dit = folder.load_dit(chosen, torch.float32)
-        got = dit(*(each.to(chosen) for each in (latents, sigma, prompt, mask))).cpu().double()
+        try:
+            dit = folder.load_dit(chosen, torch.float32)
+            got = dit(*(each.to(chosen) for each in (latents, sigma, prompt, mask))).cpu().double()
+        except Exception as fault:  # noqa: BLE001 - drivers and compilers raise anything
+            reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
+            says = f"the tiny DiT does not run on {chosen.type}: {reason}"
+            return Finding("numbers", says, "update torch and the driver, for this GPU", FAIL)
     error = ((got - exact).abs().max() / exact.abs().max()).item()
     says = f"the tiny DiT in fp32 on {chosen.type} is within {error:.1e} of fp64; allowed is {TOLERANCE:.0e}"
     # A NaN is not within the tolerance.

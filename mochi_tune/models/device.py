@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 import resource
 from importlib.util import find_spec
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from mochi_tune.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TRITON_NEEDS = "triton, a C compiler and the headers of Python (on Debian and Ubuntu: apt-get install gcc python3-dev)"
+# Without a handler, logging writes the bare line to stderr.
+_LOG = logging.getLogger(__name__)
 
 
 def find_device(name: str) -> torch.device:
@@ -29,12 +33,37 @@ def find_device(name: str) -> torch.device:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def triton_fault(device: torch.device) -> str:
+    """Launches a Triton kernel on a GPU; returns why that failed, or "" if it did not.
+
+    Triton compiles C code when it launches its first kernel, which needs more than its package: see TRITON_NEEDS.
+    """
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        from mochi_tune.models import dit_kernels
+
+        dit_kernels.rms_norm(torch.ones(1, 1, 16, device=device), torch.ones(16, device=device), 1e-6)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - its driver, its compilers and the C compiler raise anything
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return ""
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on a GPU; if not, a line says so once."""
+    if fault := triton_fault(device):
+        _LOG.warning(
+            "mochi-tune: Triton kernels do not run on %s (%s), so slower code of torch runs instead: install %s.",
+            device, fault, TRITON_NEEDS,
+        )  # fmt: skip
+    return not fault
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether our Triton kernels process x: only on CUDA, without gradients, and if Triton is installed.
+    """Whether our Triton kernels process x: only on CUDA, without gradients, and if they run there.
 
     Compiled blocks use the compiler's own kernels instead.
     """
@@ -43,7 +72,7 @@ def uses_triton(x: Tensor) -> bool:
         and x.is_cuda
         and x.dtype != torch.float64
         and not torch.is_grad_enabled()
-        and _has_triton()
+        and _has_triton(x.device)
     )
 
 

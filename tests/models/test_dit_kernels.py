@@ -5,7 +5,7 @@ from helpers_triton import run_interpreted
 CHECK = """
 import torch
 import torch.nn.functional as F
-from mochi_tune.models import attention, dit_kernels, layers
+from mochi_tune.models import attention, device, dit_kernels, layers
 
 torch.manual_seed(0)
 
@@ -26,6 +26,8 @@ check(dit_kernels.apply_rope(q, cos, sin), attention.apply_rope(*wide(q, cos, si
 ab = torch.randn(2, 41, 2 * 80)
 a, b = ab.double().chunk(2, -1)
 check(dit_kernels.swiglu(ab), F.silu(a) * b)
+# The interpreter launches kernels here.
+assert device.triton_fault(torch.device("cpu")) == ""
 print("equal")
 """
 

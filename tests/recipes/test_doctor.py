@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers_process import run
 from helpers_road import ENVIRONMENT, command
 
@@ -22,7 +23,7 @@ def test_it_examines_everything_and_a_machine_that_passes_exits_with_0(tmp_path)
     done = run("doctor", "device=cpu", f"model.weights={TINY}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = dict(re.findall(r"^(?:ok|note|FAIL) +(\S+).*?$()", done.stdout, re.MULTILINE))
-    expected = set("Python torch packages GPU attention memory disk video extras weights numbers".split())
+    expected = set("Python torch packages GPU attention kernels memory disk video extras weights numbers".split())
     assert expected <= verdicts.keys() | {name.rstrip("0123456789") for name in verdicts}
     assert "nothing failed" in done.stdout and "sample: ready" in done.stdout
 
@@ -125,6 +126,16 @@ def test_little_memory_is_a_note(monkeypatch):
         memory = SimpleNamespace(total=64 * doctor.GIB, available=gib * doctor.GIB)
         monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
         assert doctor.check_memory().verdict == verdict
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose kernels do not run")
+def test_kernels_that_do_not_run_are_a_note_and_numbers_that_cannot_be_computed_fail(monkeypatch):
+    assert doctor.check_kernels().verdict == doctor.OK
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    finding = doctor.check_kernels()
+    assert finding.verdict == doctor.NOTE and "apt-get install gcc python3-dev" in finding.advice
+    finding = doctor.check_numbers("cuda")
+    assert finding.verdict == doctor.FAIL and "the tiny DiT does not run on cuda" in finding.says
 
 
 def test_numbers_that_are_off_fail(monkeypatch):
