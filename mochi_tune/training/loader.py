@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.data.order import ClipOrder
-from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.errors import ConfigError, DataError, counted
 from mochi_tune.models.dit import Modulation
 from mochi_tune.training.draws import Draws, KeyedDraws, keyed_generator
 
@@ -26,24 +26,46 @@ MicroBatch = tuple[Mapping[str, Any], Draws]
 
 
 def held_out(videos: Sequence[str], count: int, seed: int) -> list[int]:
-    """Returns the indices of the clips to hold out for validation: at most `count`, and at most a fifth of all.
+    """Returns the indices of the clips to hold out for validation, at most a fifth of all.
 
     The hash of their videos decides, so that adding clips changes few of them. All clips of a video are held out
-    together, because they look alike. A video with too many clips is skipped.
+    together, because they look alike. A video with too many clips is skipped; if all have too many, the one with the
+    fewest clips is held out.
 
     Args:
         videos: the video of each clip.
-        count: maximum number of clips to hold out.
+        count: number of clips to hold out: at most this many, except where each video has more.
         seed: the seed of the run.
     """
     clips: dict[str, list[int]] = {}
     for number, video in enumerate(videos):
         clips.setdefault(video, []).append(number)
-    wanted, held = min(count, len(videos) // MIN_CLIPS_A_HELD_OUT), []
-    for video in sorted(clips, key=lambda video: hashlib.sha256(f"{seed}/{video}".encode()).digest()):
-        if len(held) + len(clips[video]) <= wanted:
+    most, held = len(videos) // MIN_CLIPS_A_HELD_OUT, []
+    drawn = sorted(clips, key=lambda video: hashlib.sha256(f"{seed}/{video}".encode()).digest())
+    for video in drawn:
+        if len(held) + len(clips[video]) <= min(count, most):
             held += clips[video]
+    if drawn and count and not held:
+        fewest = min((clips[video] for video in drawn), key=len)
+        held = fewest if len(fewest) <= most else []
     return sorted(held)
+
+
+def describe_held_out(num_held: int, num_measured: int, num_clips: int) -> str:
+    """Returns a line that says which clips the validation uses."""
+    if not num_held:
+        return (
+            f"no clip of {num_clips} can be held out, as each video has more than a fifth of them: the validation uses "
+            "clips that are trained on"
+        )
+    measured = f"; {num_measured} of them are measured" if num_measured < num_held else ""
+    return f"held out for validation: {num_held} of {counted(num_clips, 'clip')}{measured}"
+
+
+def spread(clips: Sequence[int], count: int) -> list[int]:
+    """Returns `count` of the clips, or all if there are fewer, at even distances."""
+    count = min(count, len(clips))
+    return [clips[i * len(clips) // count] for i in range(count)]
 
 
 def check_replacing(damaged: str, strategy: str, context: int) -> None:
@@ -258,12 +280,11 @@ class Prefetcher:
             yield self._copier.receive(*item)
 
     def _run(self) -> None:
-        self._copier.enter_thread()
-        for step, micro_batch in self._keys:
-            try:
-                item: tuple[Inputs, Any] | Exception = self._copier.send(self._load(step, micro_batch))
-            except Exception as error:  # noqa: BLE001 - raised where the micro-batch is taken
-                item = error
-            self._queue.put(item)
-            if self._is_closed or isinstance(item, Exception):
-                return
+        try:
+            self._copier.enter_thread()
+            for step, micro_batch in self._keys:
+                self._queue.put(self._copier.send(self._load(step, micro_batch)))
+                if self._is_closed:
+                    return
+        except Exception as error:  # noqa: BLE001 - raised where the micro-batch is taken
+            self._queue.put(error)

@@ -37,7 +37,7 @@ from mochi_tune.training.accelerator import check_deepspeed, check_strategy, hos
 from mochi_tune.training.agreement import check_agreement, versions
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
-from mochi_tune.training.loader import check_replacing, held_out
+from mochi_tune.training.loader import check_replacing, held_out, spread
 from mochi_tune.training.memory_plan import (
     MemoryPlan,
     arrange,
@@ -91,8 +91,8 @@ class TrainPlan:
 
     @property
     def validation_clips(self) -> list[int]:
-        """Indices of the validation clips: the ones held out, or else some of the training clips."""
-        return self.held_out or list(range(min(self.config.train.validation_clips, len(self.dataset))))
+        """Indices of the validation clips: of those that are held out, or else of the training clips."""
+        return spread(self.held_out or range(len(self.dataset)), self.config.train.validation_clips)
 
     @property
     def renders_videos(self) -> bool:

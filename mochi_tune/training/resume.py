@@ -23,6 +23,7 @@ from mochi_tune.files import parse_object, read_json, read_json_lines, write_ato
 from mochi_tune.training import checkpoint
 from mochi_tune.training.agreement import check_shared
 from mochi_tune.training.eval_files import find_eval_videos, is_written
+from mochi_tune.training.loader import describe_held_out
 from mochi_tune.training.metrics import FILES, Metrics, cut_after
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.rewind import rewind
@@ -343,11 +344,8 @@ def resume(plan: TrainPlan) -> ResumePoint:
         tqdm.write(note)
     if start.folder is not None:
         tqdm.write(f"resuming {run_dir} from step {start.step}")
-    num_clips = len(plan.dataset)
-    if plan.held_out:
-        tqdm.write(f"held out for validation: {len(plan.held_out)} of {counted(num_clips, 'clip')}")
-    elif plan.validation_clips and config.train.validate_every:
-        tqdm.write(f"no clip of {num_clips} can be held out: the validation uses clips that are trained on")
+    if plan.config.train.validate_every and plan.validation_clips:
+        tqdm.write(describe_held_out(len(plan.held_out), len(plan.validation_clips), len(plan.dataset)))
     record_in_folder(plan, start)
     return start
 

@@ -21,7 +21,7 @@ from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.recipes.train_lora import main
 from mochi_tune.training.draws import KeyedDraws
-from mochi_tune.training.loader import ClipLoader, held_out
+from mochi_tune.training.loader import ClipLoader, describe_held_out, held_out, spread
 from mochi_tune.training.preflight import check
 
 BUCKETS = "data.buckets=[[7,32,48],[13,32,48],[7,48,32]]"
@@ -284,6 +284,11 @@ def test_clips_of_one_video_are_held_out_together():
             members = {i for i, video in enumerate(videos) if video == name}
             assert members <= set(held) or not members & set(held)
     assert any(held_out(videos, 2, seed) == [3, 4] for seed in range(20))
+    # Where each video has more clips than are wanted, the one with the fewest is held out, and some of it measured.
+    many = ["a"] * 10 + ["b"] * 6 + ["c"] * 10 + ["d"] * 10
+    assert held_out(many, 4, 0) == [*range(10, 16)] and spread(range(10, 16), 4) == [10, 11, 13, 14]
+    assert describe_held_out(6, 4, 36).endswith("6 of 36 clips; 4 of them are measured")
+    assert held_out(many, 0, 0) == held_out(many[:10], 4, 0) == held_out([], 4, 0) == [] and spread([], 4) == []
 
 
 def test_sources_are_drawn_by_their_repeats(tmp_path):
