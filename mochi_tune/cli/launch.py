@@ -1,18 +1,16 @@
-"""Sets up this process, and connects it with the other processes of the run."""
+"""Sets up this process: its variables, and its place among the other processes of the run."""
 
 import atexit
 import contextlib
 import ctypes
-import datetime
 import gc
 import hashlib
 import os
 import re
 import signal
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -267,57 +265,6 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
         # Each job step has its own port, so that two steps on one node do not connect to each other.
         "MASTER_PORT": str(20000 + (job * 7 + step) % 20000),
     }
-
-
-@contextlib.contextmanager
-def joined(device: str, timeout_seconds: float) -> Iterator[None]:
-    """Connects this process with the others of the run for the duration of the context.
-
-    Args:
-        device: "cpu", "cuda" or "auto"; with CUDA each process of a machine uses the GPU of its local rank.
-        timeout_seconds: seconds that a process waits for another before it gives up.
-
-    Raises:
-        ParallelError: there is no GPU for this process alone, or the others cannot be reached.
-    """
-    import torch
-    import torch.distributed as dist
-
-    os.environ.update(slurm_variables(os.environ))
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    backend = "gloo"
-    if uses_gpus(device):
-        # accelerate and DeepSpeed use the GPU of this number, too.
-        os.environ["LOCAL_RANK"] = str(own_gpu(os.environ, torch.cuda.device_count()))
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # gloo in addition to nccl, for small tensors on the CPU.
-        backend = "cpu:gloo,cuda:nccl"
-    try:
-        dist.init_process_group(backend, timeout=timeout)
-    except RuntimeError as error:  # The base class of DistError; gloo raises it directly.
-        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ParallelError(
-            f"could not meet the others at {meeting} ({str(error).splitlines()[0]}): "
-            "set MASTER_PORT to a free port if another program uses it, and check that all ranks were started."
-        ) from None
-    from accelerate import PartialState
-
-    # The group exists already, because accelerate would create one with nccl alone.
-    PartialState(cpu=not uses_gpus(device))
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        global_rank = os.environ["RANK"]
-        # Without the source line at the start of gloo's text and the general hint at its end.
-        why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[0]
-        goes_on = "the same command continues from the last save"
-        sys.stderr.write(f"mochi-tune: rank {global_rank} lost contact with the others: {why}; {goes_on}\n")
-        sys.stderr.flush()
-        # A normal exit would wait for the processes that do not answer.
-        os._exit(LOST_CONTACT)
-    PartialState().destroy_process_group()
 
 
 def uses_gpus(device: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mochi_tune.cli.bench import run_bench
 from mochi_tune.cli.completion import run_completion
+from mochi_tune.cli.connect import joined
 from mochi_tune.cli.describe import run_describe
 from mochi_tune.cli.doctor import run_doctor
 from mochi_tune.cli.footage import run_filter, run_split
@@ -25,7 +26,6 @@ from mochi_tune.cli.launch import (
     drop_rank_variables,
     end_with_the_starter,
     import_nothing_from_here,
-    joined,
     keep_compiled_code,
     let_segments_grow,
     name_process,
@@ -239,6 +239,9 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
     if config.train.deterministic:
         # cuBLAS reads this at its first use, also in the processes that are started from here.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # The compiler reads this when it is imported, which none of the modules above do. Its option in the program
+        # would not reach the threads in which autograd compiles backward passes.
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     if parallel.strategy != "data":
         prepare_deepspeed(config.device)
     # A second signal ends this process and those that it started.

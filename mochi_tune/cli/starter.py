@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from mochi_tune.cli.connect import joined
 from mochi_tune.cli.launch import (
     LOST_CONTACT,
     STARTED_HERE,
     USERS_MISTAKE,
     check_gpus,
-    joined,
     num_processes_here,
     uses_gpus,
 )

@@ -178,7 +178,7 @@ def test_processes_that_share_tokens_have_the_same_samples(alone, tmp_path):
 
 
 def test_processes_that_share_tokens_replace_no_clip(tmp_path):
-    config = load_config("my_lora", road(tmp_path, *COMMON, "data.damaged=quarantine", "parallel=context"))
+    config = load_config("my_lora", road(tmp_path, *COMMON, "data.damaged=quarantine", "parallel.context=2"))
     with pytest.raises(ConfigError, match=r"data\.damaged=quarantine needs parallel\.context=1"):
         check(config, 2)
 
