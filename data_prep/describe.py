@@ -38,6 +38,7 @@ class FoundClips:
 
     Attributes:
         folder: that was searched.
+        folders: of all clips.
         without: clips without a caption, to describe, in order.
         num_with: number of clips with a caption.
         refused: why a clip gets none, by its name.
@@ -45,6 +46,7 @@ class FoundClips:
     """
 
     folder: Path
+    folders: list[Path]
     without: list[Path]
     num_with: int
     refused: dict[str, str]
@@ -71,7 +73,8 @@ def find_clips(folder: Path, with_stills: bool) -> FoundClips:
     """
     clips = find_videos(folder, with_stills, "videos", "stills=true")
     found = load_captions(folder, clips, CaptionRules())
-    result, targets = FoundClips(folder, [], len(found.texts), {}, list(found.notes)), set()
+    folders, targets = sorted({clip.parent for clip in clips}), set()
+    result = FoundClips(folder, folders, [], len(found.texts), {}, list(found.notes))
     if not with_stills:
         everything = list_videos(folder, with_stills=True)
         if len(everything) > len(clips):
@@ -150,14 +153,13 @@ def describe(
 
     Raises:
         ConfigError: the endpoint refuses every request or does not answer; finished captions are kept.
-        DataError: another process writes the log.
-        OSError: a file cannot be written.
+        DataError: another process writes the log, or a caption cannot be written.
+        OSError: another file cannot be written.
     """
-    folders = sorted({clip.parent for clip in clips.without})
-    for folder in folders:
+    for folder in sorted({clip.parent for clip in clips.without}):
         make_writable_folder(folder)
     with open_log(log) as write_row:
-        for folder in folders:
+        for folder in clips.folders:
             # Left from a process that was killed while it wrote a caption.
             for leftover in folder.glob(".write_new.*.tmp"):
                 leftover.unlink(missing_ok=True)
@@ -168,12 +170,15 @@ def describe(
         try:
             with contextlib.closing(_run(clips.without, writer, sampling, num_workers)) as results:
                 for result in results:
-                    _keep(result)
+                    try:
+                        _keep(result)
+                    finally:
+                        # The request of a caption that cannot be written has been paid for too.
+                        tally.add(result)
                     write_row(result.row(clips.name(result.clip)))
                     for note in [result.error, *result.notes]:
                         if note:
                             tally.say(note if note.startswith(f"{result.clip}:") else f"{result.clip}: {note}")
-                    tally.add(result)
         finally:
             # Also after an interrupt: the captions so far are kept.
             tally.close()
@@ -218,7 +223,11 @@ def plan(clips: FoundClips, wording: Wording, sampling: Sampling, frames_to: Pat
 
 
 def _keep(result: Result) -> None:
-    """Writes a caption next to its clip, unless another program has written one."""
+    """Writes a caption next to its clip, unless another program has written one.
+
+    Raises:
+        DataError: the disk is full or refuses.
+    """
     if result.error:
         return
     target = caption_path(result.clip)
@@ -226,6 +235,12 @@ def _keep(result: Result) -> None:
         write_new(target, f"{result.caption}\n".encode())
     except FileExistsError:
         result.error = f"{target}: was written by another program in the meantime, and is kept."
+    except OSError as error:
+        result.error = (
+            f"{target}: cannot be written ({error.strerror}): make room, or change the permissions of its folder, and "
+            "run the same command again; finished captions are kept."
+        )
+        raise DataError(result.error) from error
 
 
 def _run(clips: Sequence[Path], writer: Writer, sampling: Sampling, num_workers: int) -> Generator[Result, None, None]:

@@ -141,7 +141,13 @@ def main(settings: Filter) -> int:
     with lock_folder(report, "filter"), WatchedProcess(settings.timeout_seconds) as child:
         remove_temporary_files(report)
         # Before listing the clips, so that a clip that a stopped run has half moved is not judged.
-        finish_moves(report / _MOVED)
+        for row in finish_moves(report / _MOVED)[-1:]:
+            tqdm.write(
+                printable(
+                    f"{row.original}: its interrupted move to {row.moved} was finished, so {TABLE} and {PAGE} do not "
+                    f"show it; {report / _MOVED} lists it, undo=true moves it back"
+                )
+            )
         clips = {
             path.relative_to(settings.videos).as_posix(): path
             for path in find_videos(settings.videos, setting="videos")

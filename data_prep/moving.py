@@ -115,15 +115,19 @@ def move_clip(table: Path, moves: Sequence[tuple[Path, Path]], reason: str) -> N
         OSError: writing failed.
     """
     for source, target in moves:
-        if target.exists():
+        # An undo that was stopped before it removed the moved file has left the source there.
+        if _is_taken(source, target):
             raise DataError(f"{target}: exists already, so {source} was not moved: move it away, or use another move=.")
     rows = [Moved(str(source), str(target), reason) for source, target in moves]
     write_atomic(_pending(table), json.dumps([_written(table, row) for row in rows]).encode(), durable=True)
     finish_moves(table)
 
 
-def finish_moves(table: Path) -> None:
+def finish_moves(table: Path) -> list[Moved]:
     """Finishes the moves in the journal, of the current clip or of a run that was stopped.
+
+    Returns:
+        The rows of the clip's files, the clip itself as the last; [] without a journal.
 
     Raises:
         DataError: another file is at a new path, or the journal is damaged.
@@ -131,7 +135,7 @@ def finish_moves(table: Path) -> None:
     """
     pending = _pending(table)
     if not pending.exists():
-        return
+        return []
     try:
         rows = [_read(table, values) for values in json.loads(pending.read_bytes())]
     except (ValueError, TypeError, KeyError):
@@ -141,6 +145,7 @@ def finish_moves(table: Path) -> None:
             move_file(Path(row.original), Path(row.moved))
     _append(table, rows)
     pending.unlink()
+    return rows
 
 
 def _pending(table: Path) -> Path:

@@ -27,6 +27,7 @@ def run_describe(arguments: list[str]) -> int:
         return 0
     from mochi_tune.data_prep.captioning import Pace, RetryLimits, Writer
     from mochi_tune.data_prep.describe import LOG_NAME, Sampling, describe, find_clips, plan
+    from mochi_tune.temporary import remove_left_behind
 
     is_local = options["endpoint"] == LOCAL
     wording, prices = _wording(options), _prices(options)
@@ -47,6 +48,9 @@ def run_describe(arguments: list[str]) -> int:
         print(*plan(clips, wording, sampling, frames_out), sep="\n")
         return 0
     if not clips.without:
+        for each in clips.folders:
+            # Left from a process that was killed while it wrote the last caption.
+            remove_left_behind(each)
         print(f"{folder}: no clip to describe, with a caption: {clips.num_with}")
         for reason in clips.refused.values():
             print(f"no caption: {reason}")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mochi_tune.errors import TrainingError
 from mochi_tune.files import fsync, parse_object, write_atomic
+from mochi_tune.temporary import naming
 
 FILES: tuple[str, ...] = ("metrics", "validation")
 # The keys of validation.jsonl that the best step depends on.
@@ -137,8 +138,9 @@ class Metrics:
             OSError: a row cannot be written.
         """
         self._write_pending()
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        for name, file in self._files.items():
+            with naming(self.paths[name]):
+                os.fsync(file.fileno())
 
     def _count(self, name: str, row: Mapping) -> None:
         self._num_rows[name] += 1

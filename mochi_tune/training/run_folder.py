@@ -12,6 +12,7 @@ import torch
 
 from mochi_tune.errors import TrainingError
 from mochi_tune.files import append_line, read_json_lines
+from mochi_tune.temporary import naming
 from mochi_tune.training import checkpoint
 
 # File in the run folder with a row for each start.
@@ -43,9 +44,10 @@ class RunLock:
             raise TrainingError(
                 f"{self.path.parent} is being trained by {_described(owner)}: wait for it, or use another run_dir."
             ) from None
-        self._file.truncate(0)
-        self._file.write(json.dumps(this_process()))
-        self._file.flush()
+        with naming(self.path):
+            self._file.truncate(0)
+            self._file.write(json.dumps(this_process()))
+            self._file.flush()
         return self
 
     def __exit__(self, *_: object) -> None:

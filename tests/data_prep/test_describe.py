@@ -1,8 +1,10 @@
 import csv
+import errno
 import fcntl
 import json
 import os
 import resource
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.describe import find_clips
 from mochi_tune.data_prep.describe_tally import open_log
 from mochi_tune.data_prep.finding import find_videos
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.temporary import temporary_name
 
 QUICK = ["timeout_seconds=10", "clip_seconds=60", "backoff_seconds=0.01", f"model.weights={TINY}"]
 
@@ -101,6 +104,10 @@ def test_clips_get_captions_and_nothing_that_is_there_is_touched(tmp_path, capsy
 def test_a_folder_that_has_all_captions_asks_nobody(tmp_path, capsys):
     write_video(tmp_path / "a.mp4", 7)
     (tmp_path / "a.txt").write_text("a ball")
+    # The process that wrote the last caption was killed.
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / temporary_name("write_new", killed.pid)).touch()
     assert run_here(describe(tmp_path, "http://127.0.0.1:9/v1")) == 0
     assert "no clip to describe, with a caption: 1" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.txt"]
@@ -253,6 +260,18 @@ def test_a_full_disk_is_one_line_before_anybody_is_asked(tmp_path):
         done = run(*describe(tmp_path, server.url), disturbance=Disturbance(file_bytes=0))
     assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1
     assert not server.chats and not list(tmp_path.glob("*.txt"))
+
+
+def test_a_caption_that_finds_no_space_is_named_and_its_request_counted(tmp_path, monkeypatch, capsys):
+    write_video(tmp_path / "a.mp4", 7)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+    monkeypatch.setattr("mochi_tune.data_prep.describe.write_new", refuse)
+    with ChatServer() as server, pytest.raises(DataError, match=r"a\.txt: cannot be written \(No space left on device"):
+        run_here(describe(tmp_path, server.url))
+    assert "0 clips described, 0 had a caption, 1 without one; 1 request," in capsys.readouterr().out
 
 
 def test_the_error_of_a_disk_that_becomes_full_names_the_log(tmp_path):

@@ -152,6 +152,7 @@ def test_a_move_that_is_killed_in_the_middle_goes_on(copy, ending, nth):
     (copy / "videos_filter/.scores.jsonl.abcdef-1.tmp").touch()
     done = run(*arguments, env={"PATH": "/nowhere"})
     assert done.returncode == 0, done.stderr
+    assert f"its interrupted move to {copy}/videos_filter/moved/b" in done.stdout
     assert names_in(copy / "videos") == ["good.mp4", "good.txt"] and not list((copy / "videos_filter").glob(".*.tmp"))
     rows = read_moved(copy / "videos_filter/moved.csv")
     assert len(rows) == len(set(rows)) == 12 and all(Path(row.moved).exists() for row in rows)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mochi_tune.data_prep.moving import Moved, finish_moves, move_file, read_moved
+from mochi_tune.data_prep.moving import Moved, finish_moves, move_clip, move_file, read_moved, undo_moves
 from mochi_tune.errors import DataError
 
 
@@ -18,6 +18,22 @@ def test_a_copy_that_an_earlier_run_left_at_the_new_path_is_the_moved_file(tmp_p
     source.mkdir()
     with pytest.raises(DataError, match="exists already"):
         move_file(target, source)
+
+
+def test_a_clip_of_which_a_stopped_undo_left_the_moved_file_moves_to_its_caption_again(tmp_path):
+    table, clip, moved = tmp_path / "moved.csv", tmp_path / "a.mp4", tmp_path / "moved" / "a.mp4"
+    sources = [clip.with_suffix(".txt"), clip]
+    for path in sources:
+        path.write_text(path.suffix)
+    move_clip(table, [(path, moved.parent / path.name) for path in sources], "black")
+    os.link(moved, clip)
+    move_clip(table, [(clip, moved)], "black")
+    assert not clip.exists() and {path.name for path in moved.parent.iterdir()} == {"a.mp4", "a.txt"}
+    clip.write_text("another")
+    with pytest.raises(DataError, match="exists already"):
+        move_clip(table, [(clip, moved)], "black")
+    clip.unlink()
+    assert undo_moves(table, read_moved(table)) == (2, [], []) and clip.exists() and not list(moved.parent.iterdir())
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM])

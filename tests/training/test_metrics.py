@@ -156,6 +156,10 @@ def test_a_row_that_finds_no_space_waits_and_no_file_ends_with_a_half(tmp_path):
 
 def test_the_entries_of_new_files_and_later_all_rows_are_synced(tmp_path, monkeypatch):
     synced, fsync = set(), os.fsync
+
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
     with Metrics(tmp_path, 0) as metrics:
         assert tmp_path.stat().st_ino in synced
@@ -163,6 +167,15 @@ def test_the_entries_of_new_files_and_later_all_rows_are_synced(tmp_path, monkey
         metrics.log({"step": 1, "loss": 0.5})
         metrics.flush_to_disk()
         assert synced == {(tmp_path / f"{name}.jsonl").stat().st_ino for name in FILES}
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error") as caught:
+            patch.setattr(os, "fsync", fail)
+            metrics.flush_to_disk()
+        assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error") as caught:
+        patch.setattr("mochi_tune.training.metrics.cut_after", lambda *_: [])
+        patch.setattr(os, "fsync", fail)
+        Metrics(tmp_path, 1)
+    assert caught.value.filename == str(tmp_path)
     synced.clear()
     with Metrics(tmp_path, 1):
         assert (tmp_path / "metrics.jsonl").stat().st_ino in synced, "the rows that stay at a resume"
