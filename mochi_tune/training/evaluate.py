@@ -283,8 +283,12 @@ class EvalVideos:
         return latents.cpu()
 
     def _side_by_side(self, decoder: Decoder, base: Tensor, adapted: Tensor) -> Iterator[Tensor]:
-        halves = [decode_chunks(decoder, to_vae_latents(latents)) for latents in (base, adapted)]
-        for left, right in zip(*halves, strict=True):
-            if self.run.is_asked_to_stop():
-                raise Interrupted
-            yield torch.cat([left[0], right[0]], dim=2)
+        def decode(latents: Tensor) -> Iterator[Tensor]:
+            for chunk in decode_chunks(decoder, to_vae_latents(latents)):
+                if self.run.is_asked_to_stop():
+                    raise Interrupted
+                yield chunk[0]
+
+        # One after the other, because two decoders would both hold their frames on the device.
+        for left, right in zip(list(decode(base)), decode(adapted), strict=True):
+            yield torch.cat([left, right], dim=2)

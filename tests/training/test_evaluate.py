@@ -14,7 +14,8 @@ from mochi_tune.config.load import load_config
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.models.dit import AsymmDiT
-from mochi_tune.models.latents import to_latents
+from mochi_tune.models.latents import to_latents, to_vae_latents
+from mochi_tune.training import evaluate
 from mochi_tune.training.evaluate import SIGMAS, EvalVideos, ValidationClips, validation_losses
 
 CPU = torch.device("cpu")
@@ -96,3 +97,18 @@ def test_the_base_of_an_eval_video_is_sampled_again_for_other_weights_or_setting
         changed = getattr(plan.config, section).model_copy(update={name: value})
         plan.config = plan.config.model_copy(update={section: changed})
         assert num_sampled() == count, name
+
+
+def test_the_halves_of_a_video_are_decoded_one_after_the_other(monkeypatch):
+    begun = []
+
+    def decode_chunks(decoder, latents):
+        for _ in range(2):
+            begun.append(latents[0, 0, 0, 0, 0] > base[0, 0, 0, 0, 0])
+            yield torch.zeros(1, 1, 4, 4, 3, dtype=torch.uint8)
+
+    base, adapted = to_vae_latents(torch.zeros(1, 12, 2, 2, 2)), torch.ones(1, 12, 2, 2, 2)
+    monkeypatch.setattr(evaluate, "decode_chunks", decode_chunks)
+    videos = SimpleNamespace(run=SimpleNamespace(is_asked_to_stop=bool))
+    chunks = list(EvalVideos._side_by_side(videos, None, torch.zeros_like(adapted), adapted))
+    assert begun == [False, False, True, True] and [chunk.shape for chunk in chunks] == [(1, 4, 8, 3)] * 2
