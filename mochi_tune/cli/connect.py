@@ -60,7 +60,8 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         sys.stderr.flush()
         # A normal exit would wait for the processes that do not answer.
         os._exit(LOST_CONTACT)
-    leave(timeout)
+    if dist.is_initialized():  # A training leaves by itself.
+        leave(timeout)
     PartialState().destroy_process_group()
 
 
