@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -219,7 +220,7 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     mask, sigma = torch.ones(1, CAPTION_TOKENS, dtype=torch.bool), torch.tensor([0.5])
     ahead = fastest(lambda: host_modulation(sigma, prompt, mask), torch.device("cpu"))
     apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
-    memory.apply(dit, device, tqdm.write)
+    memory.apply(dit, device, functools.partial(tqdm.write, file=sys.stderr))
     step = make_step(dit, host_modulation, prompt, (bench.num_frames, bench.height, bench.width), device)
     shape = config.num_heads, num_tokens + CAPTION_TOKENS, config.hidden_size_x // config.num_heads
     kernels = time_attention(shape, device, dtype) if device.type == "cuda" else {}

@@ -63,7 +63,7 @@ PARTS = [
 def main(out: Path, parts: Sequence[Part] = tuple(PARTS), total_seconds: float = TOTAL_SECONDS) -> int:
     """Runs the parts in order until the time is over; appends a line of JSON for each to `out`.
 
-    A line has the command, its exit code (null after a timeout), its seconds, the result of `bench` or the last line
+    A line has the command, its exit code (null after a timeout), its seconds, the result of `bench` or the last lines
     of another command, and the last lines of an error.
 
     Returns:
@@ -100,10 +100,23 @@ def run_part(part: Part, limit: float) -> dict[str, object]:
     line: dict[str, object] = {"command": " ".join(part.arguments), "exit_code": code}
     line["seconds"] = round(time.monotonic() - begun, 1)
     if code == 0:
-        line["result"] = json.loads(output) if output.startswith("{") else output.strip().rpartition("\n")[2]
+        line["result"] = result_of(output)
     else:
-        line["error"] = errors.strip().splitlines()[-5:] or output.strip().splitlines()[-5:]
+        line["error"] = _tail(errors) or _tail(output)
     return line
+
+
+def result_of(output: str) -> object:
+    """Returns the JSON of an output, which other lines may precede and follow; without any, its last lines."""
+    _, _, text = f"\n{output}".partition("\n{\n")
+    try:
+        return json.JSONDecoder().raw_decode("{\n" + text)[0]
+    except json.JSONDecodeError:
+        return _tail(output)
+
+
+def _tail(text: str) -> list[str]:
+    return text.strip().splitlines()[-5:]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Rendering on one or more devices, in little memory; shared by `sample`, `bench` and `verify`."""
 
+import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,7 +110,8 @@ def prepare_dit(
     if mesh is not None and mesh.layout.context > 1:
         apply_context_parallel(dit, mesh.context_group, mesh.layout.heads, mesh.checks_inputs)
     if setup.is_compiled:
-        apply_compilation(dit, tqdm.write)
+        # Results of `bench` are on stdout.
+        apply_compilation(dit, functools.partial(tqdm.write, file=sys.stderr))
     return dit
 
 

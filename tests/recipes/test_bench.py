@@ -1,7 +1,9 @@
 import json
 
 import pytest
+import torch
 from helpers_process import run
+from torch._dynamo.exc import TorchDynamoException
 
 from mochi_tune.cli.main import run as run_here
 from mochi_tune.errors import ConfigError
@@ -30,6 +32,17 @@ def test_passes_of_the_vae_are_measured(what):
     assert figures["seconds"] > 0 and figures["latent_shape"] == [12, 3, 4, 6]
     # Counted by torch while it ran: all of the layers' convolutions.
     assert figures["tflop"] > 0 and figures["share_of_floor"] > 0
+
+
+@pytest.mark.parametrize("what", ["sample", "train"])
+def test_blocks_that_do_not_compile_leave_the_results_alone_on_stdout(what, monkeypatch, capsys):
+    def compiled(*_, **__):
+        raise TorchDynamoException("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: compiled)
+    main(Bench(what, **SMALL, compile=True))
+    said = capsys.readouterr()
+    assert not said.out and "no compiler here" in said.err
 
 
 def test_a_live_adapter_and_other_places_of_the_weights_are_measured():
