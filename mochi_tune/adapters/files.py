@@ -30,6 +30,7 @@ import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -49,6 +50,7 @@ from mochi_tune.adapters.layers import (
     kind_of,
     official_names,
     pad_rank,
+    round_tensor,
     some,
     split_layers,
 )
@@ -66,15 +68,7 @@ from mochi_tune.adapters.resolve import find_adapter_file
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import save_tensors
 
-__all__ = [
-    "FORMATS",
-    "Adapter",
-    "LoraLayer",
-    "check_adapter",
-    "check_format",
-    "load_adapter",
-    "save_adapter",
-]
+__all__ = ["FORMATS", "Adapter", "LoraLayer", "check_adapter", "check_format", "load_adapter", "save_adapter"]
 
 # Number of blocks of Mochi 1.
 _OFFICIAL_BLOCKS = 48
@@ -119,6 +113,14 @@ class Adapter:
         if self.alpha_source != ASSUMED:
             return f"alpha {self.alpha} ({source_words(self.alpha_source)})"
         return f"alpha is {ASSUMED}: adapter_alpha=N of `sample` and `export` sets another one"
+
+
+class LaidOut(NamedTuple):
+    """The content of an adapter file: the layers before rounding, by their names in the file; tensors and metadata."""
+
+    layers: dict[str, LoraLayer]
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
 
 
 def check_format(to: str) -> None:
@@ -220,24 +222,30 @@ def _depth_by_names(trained: dict[str, LoraLayer], metadata: dict[str, str]) -> 
 def save_adapter(
     path: Path | str, adapter: Adapter, to: str = "native", dtype: torch.dtype = torch.float32
 ) -> dict[str, LoraLayer]:
-    """Writes an adapter file atomically; the change of the weights is the same in every layout.
+    """Writes an adapter file atomically, and returns its layers; see `lay_out`.
 
     Args:
         path: file to write or replace; its folder exists.
-        adapter: adapter with layers on any device and in any float dtype.
-        to: layout, one of FORMATS.
-        dtype: dtype of the tensors in the file; fp32 values, which include alpha / rank, are rounded to it once.
+        adapter, to, dtype: as in `lay_out`, which also has the errors.
+    """
+    layers, tensors, metadata = lay_out(adapter, to, dtype)
+    save_tensors(Path(path), tensors, metadata, durable=True)
+    return layers
 
-    Returns:
-        The layers before rounding by their names in the file. Their number, rank and alpha can differ from those of the
-        adapter.
+
+def lay_out(adapter: Adapter, to: str, dtype: torch.dtype) -> LaidOut:
+    """Returns the content of an adapter's file; the change of the weights is the same in every layout.
+
+    Args:
+        adapter: adapter with layers on any device and in any float dtype.
+        to: layout, one of FORMATS; the number of layers, their ranks and alphas can differ from those of the adapter.
+        dtype: dtype of the tensors in the file; fp32 values, which include alpha / rank, are rounded to it once.
 
     Raises:
         ConfigError: `to` is unknown.
         CheckpointError: a layer is damaged or does not fit the layout or the dtype, or the adapter has no layers.
     """
     check_format(to)
-    path = Path(path)
     unknown = [name for name in adapter.layers if not is_official(name)]
     if unknown or not adapter.layers:
         raise CheckpointError(
@@ -266,23 +274,7 @@ def save_adapter(
     metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
     metadata |= modelspec(metadata, adapter.layers, to) | {HASH_KEY: tensors_sha256(tensors)}
     metadata |= {"format": "mochi-tune" if to == "native" else to, "created_by": f"mochi-tune {version('mochi-tune')}"}
-    save_tensors(path, tensors, metadata, durable=True)
-    return layers
-
-
-def round_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a layer's tensor on the CPU, rounded to `dtype`; no copy if it already is.
-
-    Raises:
-        CheckpointError: a value is too large for the dtype.
-    """
-    rounded = tensor.detach().to("cpu", dtype).contiguous()
-    if not torch.isfinite(rounded).all():
-        raise CheckpointError(
-            f"{name} holds {tensor.abs().max().item():.3g}, and the largest number of {str(dtype)[6:]} is "
-            f"{torch.finfo(dtype).max:.3g}: use dtype=bf16 or dtype=fp32."
-        )
-    return rounded
+    return LaidOut(layers, tensors, metadata)
 
 
 def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str, str]]:

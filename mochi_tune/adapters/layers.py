@@ -132,6 +132,21 @@ def check_layer(name: str, layer: LoraLayer) -> None:
         )
 
 
+def round_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a layer's tensor on the CPU, rounded to `dtype`; no copy if it already is.
+
+    Raises:
+        CheckpointError: a value is too large for the dtype.
+    """
+    rounded = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.isfinite(rounded).all():
+        raise CheckpointError(
+            f"{name} holds {tensor.abs().max().item():.3g}, and the largest number of {str(dtype)[6:]} is "
+            f"{torch.finfo(dtype).max:.3g}: use dtype=bf16 or dtype=fp32."
+        )
+    return rounded
+
+
 def bake(layer: LoraLayer) -> LoraLayer:
     """Multiplies alpha / rank into b, so that the scale is 1; the new b is fp32."""
     return replace(layer, b=(layer.b.double() * layer.scale).float(), alpha=float(layer.rank))

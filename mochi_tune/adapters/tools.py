@@ -3,12 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mochi_tune.adapters.alphas import ASSUMED
 from mochi_tune.adapters.files import Adapter, dtype_of, short
@@ -24,6 +23,7 @@ from mochi_tune.adapters.low_rank import (
     truncate_layer,
 )
 from mochi_tune.adapters.modelspec import HASH_KEY
+from mochi_tune.adapters.notes import layer_bar
 from mochi_tune.errors import CheckpointError, ConfigError, some
 from mochi_tune.files import file_sha256
 
@@ -114,7 +114,7 @@ def block_and_kind(name: str) -> tuple[int | None, str]:
 def measure_layers(adapter: Adapter) -> dict[str, LayerFacts]:
     """Measures each layer in fp64; returns them in the order of the blocks, with those outside the blocks last."""
     facts = {}
-    for name in sorted(adapter.layers, key=_order):
+    for name in layer_bar("measure", sorted(adapter.layers, key=_order)):
         layer = adapter.layers[name]
         values = singular_values(layer)
         ranks = (effective_rank(values, 0.9), effective_rank(values, 0.99))
@@ -169,7 +169,7 @@ def merge_adapters(
         for adapter in adapters:
             adapter.layers.clear()
     layers, left_out, norms = {}, {}, {}
-    for name in _bar("merge", [name for each in remaining for name in each]):
+    for name in layer_bar("merge", [name for each in remaining for name in each]):
         held = [(each.pop(name), x) for each, x in zip(remaining, strengths, strict=True) if name in each]
         if len({layer.shape for layer, _ in held}) > 1:
             raise CheckpointError(f"{name} has another size in each of {_names(adapters)}: merge adapters of one base.")
@@ -203,7 +203,7 @@ def resize_adapter(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
     metadata = {key: value for key, value in adapter.metadata.items() if key not in _OWN}
     metadata |= {"tool": "lora resize", "sources": json.dumps([source_of(adapter)])}
     layers, left_out, norms = {}, {}, {}
-    for name in _bar("resize", adapter.layers):
+    for name in layer_bar("resize", adapter.layers):
         layer = adapter.layers[name]
         layers[name], left_out[name] = truncate_layer(layer, limit)
         norms[name] = change_norm(layer)
@@ -230,7 +230,7 @@ def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
     differences, cosines = {}, {}
     norms: tuple[dict[str, float], dict[str, float]] = {}, {}
     apart, product = 0.0, 0.0
-    for name in _bar("compare", (*first.layers, *second.layers)):
+    for name in layer_bar("compare", (*first.layers, *second.layers)):
         for adapter, norm in zip((first, second), norms, strict=True):
             if name in adapter.layers:
                 norm[name] = change_norm(adapter.layers[name])
@@ -281,11 +281,6 @@ def assumed_note(*adapters: Adapter) -> str:
     """Returns the end of a line that names the adapters with an assumed alpha; "" if all files state theirs."""
     files = ", ".join(str(each.path) for each in adapters if each.alpha_source == ASSUMED)
     return f"; the alpha of {files} is {ASSUMED}" if files else ""
-
-
-def _bar(what: str, names: Iterable[str]) -> Iterable[str]:
-    """Yields each name once, with a progress bar if stderr is a terminal."""
-    return tqdm(dict.fromkeys(names), what, unit="layer", leave=False, disable=None)
 
 
 def _sum(name: str, held: Sequence[tuple[LoraLayer, float]]) -> tuple[LoraLayer, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers_adapters import ALL, ATTENTION, MIXED, MLPS, delta64, random_adapter, with_magnitudes
 
-from mochi_tune.adapters import tools
+from mochi_tune.adapters import notes
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.adapters.low_rank import Limit
 from mochi_tune.adapters.tools import (
@@ -20,6 +20,7 @@ from mochi_tune.adapters.tools import (
 )
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import file_sha256
+from mochi_tune.recipes.export import rounding_error
 
 
 def based(adapter, fingerprint="abc", **metadata):
@@ -96,7 +97,7 @@ def test_a_merge_holds_no_layer_that_is_already_merged(limit):
             yield name
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tools, "tqdm", count)
+        patch.setattr(notes, "tqdm", count)
         merged, _ = merge_adapters(adapters, [0.8, -0.5], limit, release_layers=True)
     assert len(merged.layers) == len(random_adapter(ALL).layers) and not any(each.layers for each in adapters)
     # The layer that was merged last may be alive until the next one replaces it.
@@ -106,7 +107,11 @@ def test_a_merge_holds_no_layer_that_is_already_merged(limit):
 def test_a_terminal_shows_how_many_layers_are_done(monkeypatch, capsys):
     one, other = random_adapter(), random_adapter(seed=1)
 
+    monkeypatch.setattr(notes, "BAR_DELAY", 0)
+
     def do_all():
+        measure_layers(one)
+        rounding_error(one.layers, torch.bfloat16)
         merge_adapters([one, other], [1.0, 1.0])
         compare_adapters(one, other)
         resize_adapter(one, Limit(rank=2))
@@ -115,7 +120,7 @@ def test_a_terminal_shows_how_many_layers_are_done(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     do_all()
-    for verb in ("merge", "compare", "resize"):
+    for verb in ("measure", "rounding error", "merge", "compare", "resize"):
         assert re.search(rf"{verb}: .*0/{len(one.layers)} ", terminal.getvalue())
 
 

@@ -13,6 +13,7 @@ from helpers_adapters import (
     with_magnitudes,
 )
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mochi_tune.adapters.files import load_adapter, save_adapter
 from mochi_tune.cli.main import run_export
@@ -150,10 +151,29 @@ def test_the_error_of_a_doras_magnitudes_counts(tmp_path):
     assert 1e-4 < export.rounding_error(adapter.layers, torch.bfloat16) < 2**-8
 
 
-def test_fp32_and_exact_numbers_have_no_error(tmp_path, trained):
-    assert export.main(trained, "comfyui", tmp_path / "a.safetensors").error < 1e-7
+def test_an_export_that_is_stopped_while_it_measures_leaves_no_file(tmp_path, trained, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_squared_norms", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export.main(trained, "comfyui", tmp_path / "lora.safetensors", "bf16")
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_fp32_and_exact_numbers_have_no_error(tmp_path, trained, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("no product is needed")
+
+    monkeypatch.setattr(export, "_squared_norms", refuse)
+    assert export.main(trained, "comfyui", tmp_path / "a.safetensors").error == 0
+    with safe_open(trained, "pt") as file:
+        names = [key for key in file.keys() if "lora" in key]  # noqa: SIM118
+        rounded = {key: file.get_tensor(key).bfloat16() for key in names}
+    save_file(rounded, tmp_path / "bf16.safetensors")
+    assert export.main(tmp_path / "bf16.safetensors", "comfyui", tmp_path / "b.safetensors", "bf16").error == 0
     with pytest.raises(ConfigError, match="dtype=half is not possible: use fp32, bf16, fp16"):
-        export.main(trained, "comfyui", tmp_path / "b.safetensors", "half")
+        export.main(trained, "comfyui", tmp_path / "c.safetensors", "half")
 
 
 def test_given_metadata_replaces_that_of_the_adapter(tmp_path, trained):
@@ -169,8 +189,6 @@ def test_given_metadata_replaces_that_of_the_adapter(tmp_path, trained):
 
 
 def test_the_command_takes_a_folder_and_reports_the_source_of_alpha(tmp_path, capsys):
-    from safetensors.torch import save_file
-
     key = "transformer.transformer_blocks.0.attn1.to_out.0.lora"
     tensors = {f"{key}_A.weight": torch.ones(2, 192), f"{key}_B.weight": torch.ones(192, 2)}
     (tmp_path / "bare").mkdir()
