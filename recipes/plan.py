@@ -137,7 +137,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         ConfigError: there is no GPU and no card is named, or the memory of an unknown card is missing.
     """
     sampler_settings(config.sample)
-    check_streaming(config)
+    check_streaming(config.memory.dit, config.parallel.strategy, config.train.recompute)
     check_strategy(config.parallel.strategy, config.parallel.num_processes)
     if config.memory.tiles is not None:
         check_tiles(config.memory.tiles, *sample_size(config.sample, config.data)[1:])
@@ -190,7 +190,8 @@ def arranged(config: RunConfig, step: Step, free: int) -> tuple[list[str], tuple
         the recompute policy of each block; whether blocks are streamed and inputs offloaded; the error of `train`.
     """
     try:
-        plan = arrange(step, where_the_dit_is(config), config.memory.activations, free)
+        dit = where_the_dit_is(config.memory.dit, config.parallel.strategy)
+        plan = arrange(step, dit, config.memory.activations, free)
     except ConfigError as error:
         asked = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
         return step.policies(free, *asked), asked, str(error)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mochi_tune.config.schema import RunConfig
 from mochi_tune.errors import ConfigError, TrainingError
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
@@ -146,22 +145,26 @@ def arrange(step: Step, dit: str, activations: str, free: int | None) -> MemoryP
     raise ConfigError(f"this training needs {needed}, and {free / GIB:.1f} GiB are free: {ways_out(step, free)}.")
 
 
-def check_streaming(config: RunConfig) -> None:
-    """Refuses settings that conflict with streamed weights in a training; `sample` accepts them."""
-    dit, strategy = config.memory.dit, config.parallel.strategy
+def check_streaming(dit: str, strategy: str, recompute: str) -> None:
+    """Refuses settings that conflict with streamed weights in a training; `sample` accepts them.
+
+    Args:
+        dit: `memory.dit`.
+        strategy: `parallel.strategy`.
+        recompute: `train.recompute`.
+    """
     if dit not in ("stream", "offload"):
         return
     does = {"zero2": "keeps on the GPU", "zero3": "splits"}
     other = f"parallel.strategy={strategy} {does[strategy]}" if strategy in does else ""
-    other = "train.recompute=none keeps" if config.train.recompute == "none" else other
+    other = "train.recompute=none keeps" if recompute == "none" else other
     if other:
         raise ConfigError(f"{other} the weights that memory.dit={dit} takes from the GPU: leave one of them out.")
 
 
-def where_the_dit_is(config: RunConfig) -> str:
+def where_the_dit_is(dit: str, strategy: str) -> str:
     """Returns `memory.dit` for `arrange`. With "auto" nothing is streamed under ZeRO-2, which moves all to the GPU."""
-    dit = config.memory.dit
-    return "resident" if dit == "auto" and config.parallel.strategy == "zero2" else dit
+    return "resident" if dit == "auto" and strategy == "zero2" else dit
 
 
 def can_stream(step: Step) -> bool:

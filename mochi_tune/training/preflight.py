@@ -137,7 +137,8 @@ class TrainPlan:
         memory, step, is_gpu = self.config.memory, self.step, self.device.type == "cuda"
         # This is a collective, so it comes before errors that only one process may raise.
         available, num_sharing = host_memory() if is_gpu else (0, 1)
-        plan = arrange(step, where_the_dit_is(self.config), memory.activations, free_bytes(self.device))
+        dit = where_the_dit_is(memory.dit, self.config.parallel.strategy)
+        plan = arrange(step, dit, memory.activations, free_bytes(self.device))
         if is_gpu:
             needed = step.weights["modulation"] if self.has_host_modulation else 0
             needed += step.host_bytes(plan.is_streamed, plan.offloads_inputs)
@@ -234,7 +235,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     fingerprint = generator_fingerprint(config.seed)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
     identity["order"] = order.fingerprint(cache.rows.column("sample_id"))
-    check_streaming(config)
+    check_streaming(config.memory.dit, config.parallel.strategy, train.recompute)
     return TrainPlan(config, device, weights, dataset, held, order, layers, start, draws, identity, layout, largest)
 
 

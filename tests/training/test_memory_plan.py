@@ -32,7 +32,7 @@ def needed(step: Step, gib: float) -> float:
 def test_weights_that_deepspeed_takes_are_not_streamed(strategy, text):
     for dit in ("stream", "offload"):
         with pytest.raises(ConfigError, match=rf"{text} the weights that memory.dit={dit} takes from the GPU"):
-            check_streaming(load_config("my_lora", [f"parallel={strategy}", f"memory.dit={dit}"]))
+            check_streaming(dit, strategy, "auto")
 
 
 def test_auto_takes_the_fastest_that_fits():
@@ -40,8 +40,7 @@ def test_auto_takes_the_fastest_that_fits():
     assert arrangement(12) == (True, False)
     assert arrangement(6) == (True, True)
     assert arrange(STEP, "auto", "keep", None).is_streamed is False
-    zero2 = load_config("my_lora", ["parallel=zero2", "memory=auto"])
-    assert (where_the_dit_is(zero2), where_the_dit_is(load_config("my_lora", ["memory=auto"]))) == ("resident", "auto")
+    assert (where_the_dit_is("auto", "zero2"), where_the_dit_is("auto", "data")) == ("resident", "auto")
     # With train.recompute=none, nothing can be streamed.
     with pytest.raises(ConfigError, match="this training needs"):
         arrangement(12, step=replace(STEP, recompute="none"))
