@@ -80,22 +80,25 @@ def main(config: RunConfig) -> Iterator[Path]:
     finished: list[Sampled] = []
     trouble: Exception | None = None
     stopped_by = 0
-    try:
-        with usage.stage("sample", plan.held(setup.residency, dtype.itemsize, setup.is_compiled)):
-            stopped_by = render(plan, mine, (features, encoded), setup, finished)
-    except Exception as error:
-        # With several processes, the others would wait for this one in the decoder.
-        if num_processes > 1 or not finished:
-            raise
-        trouble = error
-        write_line(f"video {len(finished) + 1} of {len(mine)} failed; the ones before it are written, then the error")
-        # The frames of the error keep the model alive.
-        traceback.clear_frames(error.__traceback__)
-        free_memory()
-    yield from write_videos(plan, config, finished, setup, usage)
+    # The first signal during the decoding is only the exit code, so that no sampled video is lost.
+    with StopSignal() as stop:
+        try:
+            with usage.stage("sample", plan.held(setup.residency, dtype.itemsize, setup.is_compiled)):
+                stopped_by = render(plan, mine, (features, encoded), setup, finished, stop)
+        except Exception as error:
+            # With several processes, the others would wait for this one in the decoder.
+            if num_processes > 1 or not finished:
+                raise
+            trouble = error
+            kept = "the ones before it are written, then the error"
+            write_line(f"video {len(finished) + 1} of {len(mine)} failed; {kept}")
+            # The frames of the error keep the model alive.
+            traceback.clear_frames(error.__traceback__)
+            free_memory()
+        yield from write_videos(plan, config, finished, setup, usage)
     if trouble is not None:
         raise trouble
-    if len(finished) < len(mine):
+    if stopped_by := stopped_by or stop.received:
         raise KeyboardInterrupt(128 + stopped_by)
 
 
@@ -240,6 +243,7 @@ def render(
     inputs: tuple[dict[str, Tensor], dict[Start, Encoded]],
     setup: Setup,
     finished: list[Sampled],
+    stop: StopSignal,
 ) -> int:
     """Renders requests to latents, which it keeps on disk; returns the signal that stopped it, 0 for none.
 
@@ -249,6 +253,7 @@ def render(
         inputs: the features of the prompts, and the encoded init videos.
         setup: the setup of this process.
         finished: output: the sampled videos. An error leaves the finished ones.
+        stop: a signal stops it after the current step.
     """
     features, encoded = inputs
     named = {f"adapter_{i}": a for i, a in enumerate(plan.adapters) if a.strength}
@@ -258,34 +263,44 @@ def render(
     is_writer = mesh is None or mesh.is_writer
     schedules = {name: a.schedule for name, a in named.items() if a.schedule}
     scaling = AdapterScaling(dit, schedules)
-    with StopSignal() as stop:
-        for number, request in enumerate(requests, 1):
-            noise = noise_of(request)
-            prompt, negative_prompt = features[request.prompt], features[request.negative_prompt]
-            settings = request.settings
-            if (start := start_of(request)) is not None:
-                noise = add_noise(encoded[start][0], noise, settings.start_sigma)
-            scheduled = follow_schedules(guide, scaling, settings, schedules)
-            # The result if there is no step, with init_strength=0.
-            states = dict.fromkeys(plan.variants, noise)
-            for variant in plan.variants:
-                switch_adapters(dit, variant == "adapted")
-                steps = sample_latents(dit, noise, prompt, negative_prompt, settings, scheduled)
-                label = f"{number}/{len(requests)}" + (f" {variant}" if len(plan.variants) > 1 else "")
-                bar = tqdm(steps, label, len(settings.scales), unit="step", leave=False, disable=is_quiet)
-                for state in bar:
-                    states[variant] = state
-                    if stop_signal := stop.received if mesh is None else mesh.largest(stop.received):
-                        by = "" if mesh is None else f" by rank {PartialState().process_index}"
-                        if is_writer:
-                            kept = f"{len(finished)} of {counted(len(requests), 'video')} finished and kept{by}"
-                            tqdm.write(f"stopped: {kept}", file=sys.stderr)
-                        return stop_signal
-            check_latents(request, states)
-            states = {variant: state.cpu() for variant, state in states.items()}
-            common = plan.common | {"weights": plan.fingerprints} | describe_start(request, plan, encoded)
-            sampled = Sampled(request, states, describe(request, common), request.video.with_suffix(".safetensors"))
-            finished.append(keep(sampled) if is_writer else sampled)
+
+    def stop_asked() -> int:
+        """Returns the signal that a process of the video has received, after a line on what is kept; 0 for none."""
+        stop_signal = stop.received if mesh is None else mesh.largest(stop.received)
+        if stop_signal and is_writer:
+            by = "" if mesh is None else f" by rank {PartialState().process_index}"
+            kept = f"{len(finished)} of {counted(len(requests), 'video')} finished and kept{by}"
+            tqdm.write(f"stopped: {kept}", file=sys.stderr)
+        return stop_signal
+
+    for number, request in enumerate(requests, 1):
+        noise = noise_of(request)
+        prompt, negative_prompt = features[request.prompt], features[request.negative_prompt]
+        settings = request.settings
+        if (start := start_of(request)) is not None:
+            noise = add_noise(encoded[start][0], noise, settings.start_sigma)
+        scheduled = follow_schedules(guide, scaling, settings, schedules)
+        # The result if there is no step, with init_strength=0.
+        states = dict.fromkeys(plan.variants, noise)
+        num_left = len(plan.variants) * len(settings.scales)
+        for variant in plan.variants:
+            switch_adapters(dit, variant == "adapted")
+            steps = sample_latents(dit, noise, prompt, negative_prompt, settings, scheduled)
+            label = f"{number}/{len(requests)}" + (f" {variant}" if len(plan.variants) > 1 else "")
+            bar = tqdm(steps, label, len(settings.scales), unit="step", leave=False, disable=is_quiet)
+            for state in bar:
+                states[variant] = state
+                num_left -= 1
+                # After its last step, a video is finished and kept.
+                if num_left and (stop_signal := stop_asked()):
+                    return stop_signal
+        check_latents(request, states)
+        states = {variant: state.cpu() for variant, state in states.items()}
+        common = plan.common | {"weights": plan.fingerprints} | describe_start(request, plan, encoded)
+        sampled = Sampled(request, states, describe(request, common), request.video.with_suffix(".safetensors"))
+        finished.append(keep(sampled) if is_writer else sampled)
+        if number < len(requests) and (stop_signal := stop_asked()):
+            return stop_signal
     del dit
     free_memory()
     return 0
