@@ -111,8 +111,8 @@ def read_latents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     record = parse_object(metadata.get("settings", ""))
     if record is None and (beside := path.with_suffix(".json")).is_file():
         record = parse_object(beside.read_bytes())
-    is_known = record is not None and _is_record(record)
-    return ({"adapted": found.pop("latents")} if len(found) == 1 else found), record if is_known else {}
+    states = {"adapted": found["latents"]} if len(found) == 1 else found
+    return states, record if record is not None and _is_record(record) else {}
 
 
 def _is_record(record: Mapping[str, Any]) -> bool:

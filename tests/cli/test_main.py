@@ -10,7 +10,7 @@ import pytest
 from helpers_process import run
 
 from mochi_tune.cli.launch import keep_compiled_code
-from mochi_tune.cli.main import SURROUNDINGS, describe_trouble, load
+from mochi_tune.cli.main import SURROUNDINGS, advise, describe_trouble, load
 from mochi_tune.cli.main import run as run_here
 from mochi_tune.cli.options import TOY_OPTIONS, plain_options
 from mochi_tune.config.settings import known_keys
@@ -198,6 +198,11 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 )
 def test_trouble_with_the_system_is_one_line(number, name, said):
     assert describe_trouble(OSError(number, os.strerror(number), name)) == said
+
+
+def test_advice_on_memory_names_settings_of_the_verb():
+    assert "memory.tiles" in advise(["sample"]) and "train." not in advise(["sample"])
+    assert "train.batch_size" in advise(["train"]) and "sample." not in advise(["train"])
 
 
 def test_a_preset_on_the_command_line_stands_in_the_place_of_the_files_own_schedule():
