@@ -29,7 +29,7 @@ def run_job(job: Path, folder: Path, exit_code: int) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
-@pytest.mark.parametrize("exit_code", [0, 2, 143])
+@pytest.mark.parametrize("exit_code", [0, 2, 75, 134, 143])
 def test_a_job_that_was_stopped_is_requeued_and_no_other(job, exit_code, tmp_path):
     code, commands = run_job(job, tmp_path, exit_code)
     assert code == exit_code
