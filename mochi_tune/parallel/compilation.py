@@ -1,7 +1,8 @@
 """Compiles the DiT's blocks: operations between matrix products are fused, and read and write memory once."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def apply_compilation(
 ) -> None:
     """Compiles the blocks: equal blocks share one graph for each video size, for prompts of any length.
 
-    The first step with a new size is slow. If compilation fails, the blocks run uncompiled and `log` gets the reason.
+    The first step with a new size is slow. Blocks that cannot be compiled run uncompiled, and `log` gets the reason.
     Batches of prompts with different lengths run uncompiled, because their rows are attended one by one.
 
     Args:
@@ -36,12 +37,13 @@ def apply_compilation(
     """
     # Not at the top: this import takes a second, which would delay the error for a wrong setting.
     import torch._dynamo
+    import torch._functorch.config
     import torch._inductor.config
 
     if hasattr(torch._inductor.config, "deterministic"):
-        # Otherwise kernels are chosen by measured times, which vary between runs, and so does rounding.
+        # Otherwise kernels are chosen by measured times, which vary between runs, and so does rounding. This holds in one
+        # thread; `train` also sets TORCHINDUCTOR_DETERMINISTIC, for the threads that compile backward passes.
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     compiler = _Compiler(log, only_training, before_each or (lambda: None), backend)
     for block in dit.blocks:
         core = block.get_submodule("attn.core")
@@ -52,7 +54,7 @@ def apply_compilation(
 
 
 class _Compiler:
-    """Compiles functions of blocks; after one failure, all of them run uncompiled."""
+    """Compiles functions of blocks; cases that failed run uncompiled."""
 
     def __init__(
         self, log: Callable[[str], None], only_training: bool, before_each: Callable[[], None], backend: str
@@ -61,9 +63,10 @@ class _Compiler:
         from torch._dynamo.exc import TorchDynamoException
 
         self.error = TorchDynamoException
-        # Compiled cases: function, kind of block, size, whether there is a prompt, whether gradients are enabled.
+        # Cases that were compiled: function, kind of block, size, whether there is a prompt, and whether gradients are
+        # enabled. Only those that failed run uncompiled, because a pass recomputes the others as they ran.
         self.known: set[tuple[Any, ...]] = set()
-        self.has_failed = False
+        self.failed: set[tuple[Any, ...]] = set()
         self.functions: dict[BlockFunction, BlockFunction] = {}
 
     def compiled(self, function: BlockFunction) -> BlockFunction:
@@ -84,22 +87,36 @@ class _Compiler:
         rope: tuple[Tensor, Tensor],
         text_lengths: Sequence[int] | None,
     ) -> Any:
-        is_wanted = torch.is_grad_enabled() or not self.only_training
-        if is_wanted and not self.has_failed and text_lengths is None:
-            if torch.is_grad_enabled() and not x.requires_grad:
-                # The first block: unneeded gradients for its inputs avoid a separate graph for it.
-                x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            torch._dynamo.mark_static(x, 1)
-            # One graph for prompts of any length, except the empty one: torch compiles a separate graph for size 0.
-            torch._dynamo.maybe_mark_dynamic(y, 1)
-            case = fast, block.update_y, x.shape, y.shape[1] > 0, torch.is_grad_enabled()
-            if case not in self.known:
-                self.before_each()
-                self.known.add(case)
-            try:
-                return fast(block, x, y, modulation, rope, None)
-            except self.error as error:
-                self.has_failed = True
+        is_wanted = text_lengths is None and (torch.is_grad_enabled() or not self.only_training)
+        case = fast, block.update_y, x.shape, y.shape[1] > 0, torch.is_grad_enabled()
+        if not is_wanted or case in self.failed:
+            return plain(block, x, y, modulation, rope, text_lengths)
+        streams = x, y
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # The first block: unneeded gradients for its inputs avoid a separate graph for it.
+            streams = x.detach().requires_grad_(), y.detach().requires_grad_()
+        torch._dynamo.mark_static(streams[0], 1)
+        # One graph for prompts of any length, except the empty one: torch compiles a separate graph for size 0.
+        torch._dynamo.maybe_mark_dynamic(streams[1], 1)
+        if case not in self.known:
+            self.before_each()
+            self.known.add(case)
+        try:
+            with _options():
+                return fast(block, *streams, modulation, rope, None)
+        except self.error as error:
+            if not self.failed:
                 reason = " ".join(str(error).split())[:200]
-                self.log(f"the blocks run uncompiled, as torch could not compile them: {reason}")
+                self.log(f"blocks run uncompiled, as torch could not compile them: {reason}")
+            self.failed.add(case)
         return plain(block, x, y, modulation, rope, text_lengths)
+
+
+@contextlib.contextmanager
+def _options() -> Iterator[None]:
+    """Sets torch's options in this thread, because they hold per thread, and autograd's threads recompute blocks."""
+    # This cache on the disk does not know which attention kernel was chosen, and returns code that runs another one.
+    # That of inductor, behind it, stores the code by its kernels.
+    cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with cache, torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+        yield

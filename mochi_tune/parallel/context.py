@@ -172,7 +172,8 @@ def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup, heads: int, 
     shares = TokenShares(group, heads)
 
     def take_tokens(_module: nn.Module, _inputs: Any, x: Tensor) -> Tensor:
-        return shares.take(x, 1)
+        # A copy, which has no gaps in memory: copies of a block's input, as in host memory, then have its strides.
+        return shares.take(x, 1).clone()
 
     def take_positions(_module: nn.Module, _inputs: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         return tuple(shares.take(table, 0) for table in tables)

@@ -166,12 +166,14 @@ class HostInputs:
     def send(self, number: int) -> None:
         """Copies an input to the host after the forward pass of its block."""
         x = self.given.pop(number).detach()
+        # With the strides of x: compiled code expects them, and a dropout draws its mask in the order of memory. For
+        # clips of one latent frame, tokens may be the last axis in memory.
+        host = torch.empty_like(x, device="cpu", pin_memory=self.stream is not None)
         if self.stream is None:
-            self.waiting[number] = x.clone()
+            self.waiting[number] = host.copy_(x)
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             self.waiting[number] = host.copy_(x, non_blocking=True)
         x.record_stream(self.stream)
 

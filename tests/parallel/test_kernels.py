@@ -60,6 +60,17 @@ def test_another_version_of_flash_attention_runs_where_it_is_installed_and_no_lo
     assert not implementation.is_active
     assert time_attention(shape, cpu, torch.float32).keys() == {"fa4", "flash"} and not implementation.is_active
 
+    def built_for_another_torch():
+        raise OSError("undefined symbol")
+
+    monkeypatch.setitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, "FA3", built_for_another_torch)
+    assert time_attention(shape, cpu, torch.float32).keys() == {"fa4", "flash"}
+    # torch 2.11 does not know every version, and 2.10 cannot restore its own flash attention.
+    monkeypatch.delitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, "FA3")
+    assert time_attention(shape, cpu, torch.float32).keys() == {"fa4", "flash"}
+    monkeypatch.delattr(torch.nn.attention, "restore_flash_attention_impl")
+    assert time_attention(shape, cpu, torch.float32).keys() == {"flash"} and not implementation.is_active
+
 
 def test_a_chosen_kernel_is_tried_first_and_what_it_cannot_do_still_runs():
     q = torch.randn(1, 2, 5, 8)
