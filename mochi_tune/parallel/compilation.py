@@ -41,8 +41,8 @@ def apply_compilation(
     import torch._inductor.config
 
     if hasattr(torch._inductor.config, "deterministic"):
-        # Otherwise kernels are chosen by measured times, which vary between runs, and so does rounding. This holds in one
-        # thread; `train` also sets TORCHINDUCTOR_DETERMINISTIC, for the threads that compile backward passes.
+        # Otherwise kernels are chosen by measured times, which vary between runs, and so does rounding. This holds in
+        # one thread; `train` also sets TORCHINDUCTOR_DETERMINISTIC, for the threads that compile backward passes.
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     compiler = _Compiler(log, only_training, before_each or (lambda: None), backend)
     for block in dit.blocks:

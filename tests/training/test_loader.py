@@ -72,3 +72,16 @@ def test_processes_that_compute_a_clip_together_replace_none():
     for strategy, context in (("data", 2), ("zero3", 1)):
         with pytest.raises(ConfigError, match=r"data\.damaged=quarantine needs parallel\.context=1 and"):
             check_replacing("quarantine", strategy, context)
+
+
+def test_what_fails_before_the_first_micro_batch_ends_the_wait_for_it():
+    def refuse():
+        raise RuntimeError("the GPU is gone")
+
+    def give_up():
+        raise TimeoutError("the thread reported nothing")
+
+    prefetcher = Prefetcher(pytest.fail, [(1, 0)], torch.device("cpu"))
+    prefetcher._copier.enter_thread = refuse
+    with prefetcher, pytest.raises(RuntimeError, match="the GPU is gone"):
+        next(prefetcher.take(1, give_up))
