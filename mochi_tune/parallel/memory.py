@@ -1,6 +1,5 @@
 """Functions that trade time for memory in rendering: quantization, sharding and offloading of the DiT's blocks."""
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.parallel.stream import BlockRing, Copier
 
 PRECISIONS = ("int8", "fp8")
 # Where the DiT's weights are: on the device; on the device in 8 bits; on the CPU, with two blocks at a time on the
@@ -81,65 +81,24 @@ def apply_sharding(block: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(block, mesh=mesh, ignored_params=adapters, reshard_after_forward=True)
 
 
-def apply_block_offload(dit: AsymmDiT, device: torch.device) -> None:
+def apply_block_offload(dit: AsymmDiT, device: torch.device, copier: Copier | None = None) -> None:
     """Keeps the blocks' weights on the CPU; those of the next block are copied to the device while a block computes.
 
-    At most two blocks are on the device. Adapters and all modules outside the blocks are moved to the device.
+    The device has two buffers for blocks. Adapters and all modules outside the blocks are moved to the device.
+    Training uses `apply_streaming`, whose blocks also compute backward passes.
 
     Args:
         dit: the frozen model on the CPU, with its adapters.
         device: the device that computes.
+        copier: copies the weights; None: the default of the device.
     """
     for name, child in dit.named_children():
         if name != "blocks":
             child.to(device)
     dit.pos_frequencies.data = dit.pos_frequencies.data.to(device)
-    _BlockOffloader(list(dit.blocks), device)
-
-
-class _BlockOffloader:
-    """Hooks that copy each block to the device before it computes, and drop the copy afterwards."""
-
-    def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # For each block, its parameters and their data on the CPU.
-        self.cpu_data: list[list[tuple[nn.Parameter, Tensor]]] = []
-        # Copies in progress, by the number of the block.
-        self.copies: dict[int, list[Tensor]] = {}
-        for i, block in enumerate(blocks):
-            self.cpu_data.append([])
-            for name, parameter in block.named_parameters():
-                if ".lora_" in name:
-                    parameter.data = parameter.data.to(device)
-                    continue
-                if self.stream is not None:
-                    # Only copies from pinned memory run in parallel with the arithmetic.
-                    parameter.data = parameter.data.pin_memory()
-                self.cpu_data[i].append((parameter, parameter.data))
-            block.register_forward_pre_hook(functools.partial(self._load, i))
-            block.register_forward_hook(functools.partial(self._unload, i))
-
-    def _start_copy(self, i: int) -> None:
-        with torch.cuda.stream(self.stream):
-            self.copies[i] = [data.to(self.device, non_blocking=True, copy=True) for _, data in self.cpu_data[i]]
-
-    def _load(self, i: int, *_) -> None:
-        """Gives block i its copy on the device, and starts the copy of the next block."""
-        if i not in self.copies:
-            self._start_copy(i)
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
-        for (parameter, _), data in zip(self.cpu_data[i], self.copies.pop(i), strict=True):
-            if self.stream is not None:
-                # The allocator may reuse this memory only after the block has computed.
-                data.record_stream(torch.cuda.current_stream())
-            parameter.data = data
-        self._start_copy((i + 1) % len(self.cpu_data))
-
-    def _unload(self, i: int, *_) -> None:
-        for parameter, data in self.cpu_data[i]:
-            parameter.data = data
+    ring = BlockRing(list(dit.blocks), device, copier, num_buffers=2)
+    for number, block in enumerate(dit.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: ring.enter(number))
 
 
 def _is_unquantized_linear(module: nn.Module, name: str) -> bool:

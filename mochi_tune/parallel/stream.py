@@ -1,4 +1,4 @@
-"""Weight streaming for training: frozen blocks stay in host memory and are copied to the device in each pass.
+"""Weight streaming: frozen blocks stay in host memory and are copied to the device in each pass.
 
 The device has a few buffers. While a block computes, the next one, in the direction of the pass, is copied into the
 least recently used buffer. Nothing is written back.
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.recompute import BlockFunction, block_function
 
+# In training.
 NUM_BUFFERS = 3
 # Alignment of tensors in a buffer in bytes, which kernels rely on.
 ALIGNMENT = 256
@@ -85,17 +86,23 @@ def apply_streaming(dit: AsymmDiT, device: torch.device, copier: Copier | None =
         if name != "blocks":
             child.to(device)
     dit.pos_frequencies.data = dit.pos_frequencies.data.to(device)
-    ring = BlockRing(list(dit.blocks), device, copier or _copier(device))
+    ring = BlockRing(list(dit.blocks), device, copier)
     for number, block in enumerate(dit.blocks):
         block.forward = functools.partial(_streamed(block_function(block), ring), block)
         ring.numbers[block] = number
 
 
 class BlockRing:
-    """The buffers on the device and the blocks that they hold."""
+    """The buffers on the device and the blocks that they hold.
 
-    def __init__(self, blocks: list[nn.Module], device: torch.device, copier: Copier) -> None:
-        self.copier = copier
+    The buffers are allocated once. Copies into memory that is allocated for each block would fill the device with
+    blocks, because the host runs ahead of the device, and memory of work that is not done cannot be used again.
+    """
+
+    def __init__(
+        self, blocks: list[nn.Module], device: torch.device, copier: Copier | None, num_buffers: int = NUM_BUFFERS
+    ) -> None:
+        self.copier = copier or _copier(device)
         self.numbers: dict[nn.Module, int] = {}
         self.parameters, self.home = [], []
         for block in blocks:
@@ -113,7 +120,7 @@ class BlockRing:
                     scales.to(device)
             self.home.append([parameter.data for parameter in frozen.values()])
         size = max(_offsets(tensors)[-1] for tensors in self.home)
-        num_buffers = min(NUM_BUFFERS, len(blocks))
+        num_buffers = min(num_buffers, len(blocks))
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_buffers)]
         # For each buffer, its block and the time (`clock`) of its last use.
         self.block_of: list[int | None] = [None] * num_buffers
@@ -126,7 +133,8 @@ class BlockRing:
     def enter(self, number: int) -> None:
         """Gives a block its weights on the device, and starts the copy of the next block."""
         if number != self.current:
-            self.direction = 1 if number > self.current else -1
+            # The first block is the last one of a backward pass, or begins another pass after one without gradients.
+            self.direction = 1 if number > self.current or number == 0 else -1
         elif number == len(self.home) - 1:
             # The last block is entered twice in a row: the backward pass begins.
             self.direction = -1

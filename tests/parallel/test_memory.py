@@ -14,6 +14,7 @@ from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.memory import apply_block_offload, apply_quantization, apply_sharding
 from mochi_tune.parallel.modulation import apply_host_modulation
+from mochi_tune.parallel.stream import ThreadCopier
 from mochi_tune.sampling.sampler import Denoiser, euler_steps, linear_quadratic_sigmas
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -46,26 +47,38 @@ def test_offloaded_blocks_render_the_same(adapted):
     assert torch.equal(rendered(dit), adapted)
 
 
+class Recorder(ThreadCopier):
+    """Writes down which block is copied, by the address of its first weight in host memory."""
+
+    def __init__(self, addresses, log) -> None:
+        super().__init__()
+        self.addresses, self.log = addresses, log
+
+    def start(self, targets, sources):
+        self.log.append(("copy", self.addresses.index(sources[0].data_ptr())))
+        return super().start(targets, sources)
+
+
 @torch.no_grad()
-def test_at_most_two_offloaded_blocks_are_on_the_device():
+def test_two_offloaded_blocks_are_on_the_device_and_the_next_one_is_copied_while_a_block_computes():
     torch.manual_seed(0)
     dit = AsymmDiT(DiTConfig(depth=6, num_heads=6, hidden_size_x=192, hidden_size_y=96, t5_feat_dim=32)).eval()
     arguments = torch.randn(1, 12, 1, 2, 2), torch.tensor([0.5]), torch.randn(1, 3, 32), torch.ones(1, 3)
-    home = [block.mlp_x.w1.weight.data_ptr() for block in dit.blocks]
-    away = []
-    with TensorMemory() as plain:
-        dit(*arguments)
-    apply_block_offload(dit, torch.device("cpu"))
-    for block in dit.blocks:
+    first = [next(block.parameters()) for block in dit.blocks]
+    home, log, away = [p.data_ptr() for p in first], [], []
+    apply_block_offload(dit, torch.device("cpu"), Recorder(home, log))
+    for number, block in enumerate(dit.blocks):
+        block.mlp_x.register_forward_hook(lambda *_, number=number: log.append(("run", number)))
         block.mlp_x.register_forward_hook(
-            lambda *_: away.append([b.mlp_x.w1.weight.data_ptr() != p for b, p in zip(dit.blocks, home, strict=True)])
+            lambda *_: away.append({i: p.data_ptr() for i, p in enumerate(first) if p.data_ptr() != home[i]})
         )
-    size = sum(p.nbytes for p in dit.blocks[0].parameters())
-    # Copies in progress are counted here. Finished ones belong to a parameter and are recognized by their address.
-    with TensorMemory() as offloaded:
+    for _ in range(2):
         dit(*arguments)
-    assert offloaded.peak - plain.peak <= size
-    assert away == [[i == j for i in range(6)] for j in range(6)]
+    assert all(number % 6 in there and len(there) <= 2 for number, there in enumerate(away))
+    assert len({address for there in away for address in there.values()}) == 2, "the same buffers in every pass"
+    # A copy waits for the work before it: that of block 2 for block 0, whose buffer it takes, not for block 1.
+    middle = [entry for i in range(5) for entry in (("copy", i + 1), ("run", i))]
+    assert log == 2 * [("copy", 0), *middle, ("run", 5)]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from mochi_tune.adapters.lora import lora_parameters
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
+from mochi_tune.parallel.memory import apply_block_offload
 from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpointing, apply_mlp_slices
 from mochi_tune.parallel.stream import NUM_BUFFERS, ThreadCopier, apply_streaming
@@ -61,6 +62,18 @@ def test_streamed_blocks_train_bit_for_bit_as_resident_ones(policy, pauses):
         block.attn.core.register_forward_hook(lambda *_: time.sleep(pauses[1]))
     for case in ({}, {"text_length": 0}, {"lengths": [5, 2]}):
         assert_same(dit, plain, **case)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pauses", [(0.002, 0.0), (0.0, 0.02)], ids=["slow copies", "slow blocks"])
+def test_offloaded_blocks_compute_bit_for_bit_as_resident_ones(pauses):
+    plain, dit, copier = build(depth=DEPTH), build(depth=DEPTH), SlowCopier(pauses[0])
+    apply_block_offload(dit, CPU, copier)
+    for block in dit.blocks:
+        block.attn.core.register_forward_hook(lambda *_: time.sleep(pauses[1]))
+    arguments = torch.randn(1, 12, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 5, 16), torch.ones(1, 5)
+    for passes in range(1, 4):
+        assert torch.equal(dit(*arguments), plain(*arguments)) and copier.count == passes * DEPTH
 
 
 def test_an_evaluation_between_steps_changes_nothing_and_a_pass_may_be_interrupted():
