@@ -6,7 +6,7 @@ import torch
 from mochi_tune.data.order import ClipOrder, ClipPool
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.training.draws import KeyedDraws
-from mochi_tune.training.loader import ClipLoader, check_replacing
+from mochi_tune.training.loader import ClipLoader, Prefetcher, check_replacing
 
 
 class Clips:
