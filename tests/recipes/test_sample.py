@@ -209,10 +209,18 @@ def test_the_tiny_weights_are_what_their_recipe_makes(tmp_path):
     assert prepared().exists()
 
 
-def test_base_and_lora_are_rendered_with_one_noise_side_by_side(tmp_path):
+def test_base_and_lora_are_rendered_with_one_noise_side_by_side(tmp_path, monkeypatch):
     adapter = write_adapter(tmp_path / "a.safetensors", scale=0.3)
     named = [f"sample.adapter={adapter}", "sample.save_latents=true", "sample.num_frames=13"]
+    chunks, plain = [], recipe.decoded_frames
+
+    def noted(decoder, latents, *more):
+        return (chunks.append(latents) or chunk for chunk in plain(decoder, latents, *more))
+
+    monkeypatch.setattr(recipe, "decoded_frames", noted)
     both = sample(tmp_path, *named, "sample.compare=base")
+    # One after the other: two decoders in turn would both hold their frames on the GPU.
+    assert [chunks[0] is latents for latents in chunks] == [True] * 3 + [False] * 3
     alone = [sample(tmp_path, *named, f"sample.adapter_strength={strength}") for strength in (0, 1)]
     latents = load_file(both.with_suffix(".safetensors"))
     assert torch.equal(latents["base"], latents_of(alone[0]))
