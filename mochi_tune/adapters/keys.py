@@ -5,9 +5,11 @@
 | the reference, `train`      | blocks.0.attn.qkv_x.lora_A                                             |
 | diffusers, FastVideo        | transformer.transformer_blocks.0.attn1.to_q.lora_A.weight              |
 | peft                        | base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight         |
-| peft, of a live model       | transformer_blocks.0.attn1.to_q.lora_A.default.weight                  |
+| peft, of a live model       | transformer_blocks.0.attn1.to_q.lora_A.default.weight, or no .weight   |
 | ComfyUI                     | diffusion_model.blocks.0.attn.qkv_x.lora_A.weight                      |
 | kohya's and ComfyUI's tools | lora_unet_blocks_0_attn_qkv_x.lora_down.weight                         |
+
+Wrappers of models add prefixes, such as `module.`, `_orig_mod.` and `model.diffusion_model.`, in any order.
 
 Source: Comfy-Org/ComfyUI@a125cd8 comfy/lora.py (model_lora_keys_unet) and comfy/weight_adapter; the prefixes
 `base_model.model.` and `.default.` are those of huggingface/peft@0.21.2 utils/save_and_load.py.
@@ -27,17 +29,17 @@ from mochi_tune.adapters.layers import (
 )
 from mochi_tune.errors import CheckpointError
 
-_PREFIX = re.compile(r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?")
+_PREFIX = re.compile(r"(?:(?:base_model|model|module|_orig_mod|transformer|diffusion_model|dit|unet)\.)*")
 _KOHYA_PREFIX = "lora_unet_"
 _KOHYA_BLOCK = re.compile(r"(transformer_blocks|blocks)_(0|[1-9]\d{0,2})_(\w+)")
 _HALVES = {"lora_A": "lora_A", "lora_B": "lora_B"}
 _HALVES |= {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
 _SUFFIX = re.compile(
     r"(?P<module>.+?)\.(?:"
-    r"(?P<half>lora_[AB])|(?P<weight>lora_[AB]|lora_down|lora_up|lora\.down|lora\.up)(?:\.(?P<adapter>\w+))?"
+    r"(?P<weight>lora_[AB]|lora_down|lora_up|lora\.down|lora\.up)(?:\.(?P<adapter>\w+))?"
     r"\.(?:weight(?P<new_scale>_scale)?|(?P<scale>scale_weight))"
     r"|(?P<magnitude>lora_magnitude)(?:_vector(?:\.(?P<of_adapter>(?!weight$)\w+))?(?:\.weight)?)?"
-    r"|(?P<alpha>alpha))"
+    r"|(?P<half>lora_[AB])(?:\.(?P<bare_adapter>(?!bias$)\w+))?|(?P<alpha>alpha))"
 )
 # Names of other kinds of adapters, with a pattern of their keys.
 _FOREIGN = {
@@ -77,7 +79,7 @@ def parse_key(key: str) -> Key | None:
     module = _module_of(match["module"]) if match else None
     if match is None or module is None:
         return None
-    adapter = match["adapter"] or match["of_adapter"] or ""
+    adapter = match["adapter"] or match["of_adapter"] or match["bare_adapter"] or ""
     if half := match["half"] or match["weight"]:
         scale = " scale" if match["scale"] or match["new_scale"] else ""
         return Key(module, _HALVES[half] + scale, adapter)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 HUB = "hub:"
 # File names of adapters by peft, diffusers and `train`; a checkpoint with an EMA has two of them.
 _NAMES = ("adapter_model", "pytorch_lora_weights", "adapter", "averaged")
+# Suffixes of pickles.
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+# A file of an adapter that is split into several ones, or their index.
+_PART = re.compile(r"-\d{5}-of-(?!00001)(\d{5})\.safetensors$|\.safetensors\.index\.json$")
 _HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([\w./-]+))?")
 # HTTP statuses that are temporary: proxy login, timeout, rate limit.
 _TEMPORARY = (407, 408, 429)
@@ -41,29 +45,45 @@ def find_adapter_file(name: Path | str, endpoint: str | None = None) -> Path:
         endpoint: URL of the hub; None for huggingface_hub's default.
 
     Raises:
-        CheckpointError: a folder has no adapter or several, or the hub lacks the file, cannot be reached, or states
-            that the adapter is one of another model.
+        CheckpointError: a folder has no adapter or several, the adapter is split into several files, or the hub lacks
+            the file, cannot be reached, or states that the adapter is one of another model.
     """
     if str(name).startswith(HUB):
         return _fetch(str(name), endpoint)
     path = Path(name)
     if not path.is_dir():
+        _check_whole(f"adapter {path}", path.name)
         return path
     return path / _choose(f"the folder {path}", [file.name for file in path.iterdir() if file.is_file()])
 
 
 def _choose(where: str, files: Iterable[str]) -> str:
     """Returns the name of the adapter among the file names of a folder."""
-    candidates = sorted(file for file in files if file.lower().endswith(".safetensors"))
+    files = sorted(files)
+    candidates = [file for file in files if file.lower().endswith(".safetensors")]
     usual = [file for file in candidates if file.removesuffix(".safetensors") in _NAMES]
     chosen = usual or candidates
+    for file in chosen:
+        _check_whole(f"{where} has {file}, which", file)
     if len(chosen) == 1:
         return chosen[0]
+    if not chosen and (pickles := [file for file in files if Path(file).suffix.lower() in PICKLES]):
+        raise CheckpointError(
+            f"{where} has no .safetensors file but {some(pickles)}, and pickles can run code, so they are never opened:"
+            " convert the adapter to safetensors first."
+        )
     if not chosen:
         raise CheckpointError(f"{where} has no .safetensors file: name one that holds an adapter.")
     if not usual:
         raise CheckpointError(f"{where} has several .safetensors files, {some(chosen)}: name the one of the adapter.")
     raise CheckpointError(f"{where} has several adapters, {some(chosen)}: name the file.")
+
+
+def _check_whole(where: str, file: str) -> None:
+    """Refuses a part of an adapter, without whose other parts it would apply only some of the layers."""
+    if match := _PART.search(file):
+        kind = f"one of {int(match[1])} parts of an adapter" if match[1] else "the index of an adapter in parts"
+        raise CheckpointError(f"{where} is {kind}: join the parts into one .safetensors file, see docs/adapters.md.")
 
 
 def _fetch(name: str, endpoint: str | None) -> Path:
@@ -176,6 +196,7 @@ def _file_in_repo(where: str, inner: str, listed: list[str]) -> str:
             raise CheckpointError(
                 f"{where} has no {inner}, it has {some(files) or 'no adapter'}: name one that it has."
             )
+        _check_whole(f"{where} has {inner}, which", inner)
         return inner
     folder = Path(inner)
     return (folder / _choose(where, [Path(file).name for file in listed if Path(file).parent == folder])).as_posix()

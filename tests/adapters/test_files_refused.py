@@ -42,8 +42,17 @@ def test_a_missing_or_truncated_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         load_adapter(path)
     path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="is empty: fetch or export it again"):
         load_adapter(path)
+
+
+def test_what_a_file_is_counts_and_not_only_its_name(tmp_path):
+    save_adapter(tmp_path / "blob", random_adapter())
+    with pytest.raises(CheckpointError, match=r"blob is safetensors, but its name .* copy or link it to NAME\.safeten"):
+        load_adapter(tmp_path / "blob")
+    torch.save({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"pickles .* so they are never opened: convert it"):
+        load_adapter(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("to", ["native", "comfyui"])
@@ -103,7 +112,17 @@ MAGNITUDE = {"blocks.0.attn.proj_x.lora_magnitude": torch.ones(192)}
         (GOOD | pair("blocks.0.attn.proj_z"), r"2 of its keys fit no layer.*blocks\.0\.attn\.proj_z\.lora_A"),
         (GOOD | pair("blocks.01.attn.proj_x"), r"blocks\.01\.attn\.proj_x\.lora_A"),
         (GOOD | {"blocks.0.attn.proj_x.dora_scale": torch.ones(1)}, "dora_scale"),
-        (GOOD | pair("diffusion_model.blocks.0.attn.proj_x"), "or one twice"),
+        (
+            GOOD | pair("diffusion_model.blocks.0.attn.proj_x"),
+            r"a layer twice, by diffusion_model\.blocks.* remove one",
+        ),
+        (GOOD | pair("blocks.0.attn.proj_z"), r"fit no layer of Mochi, .*: remove them from the file, or use another"),
+        (
+            pair("transformer_blocks.0.attn1.to_q", suffix=".weight")
+            | pair("transformer_blocks.0.attn2.to_q", suffix=".weight"),
+            r"an adapter of another model, such as LTX-Video.*attn2\.to_q\.lora_A",
+        ),
+        (GOOD | {"step": torch.ones(2)}, "1 of its keys fit no layer of Mochi, step: remove"),
         (GOOD | {"blocks.1.attn.qkv_x.lora_A": torch.ones(2, 192)}, r"lacks blocks\.1\.attn\.qkv_x\.lora_B"),
         ({"blocks.1.attn.qkv_x.lora_B": torch.ones(576, 2)}, r"lacks blocks\.1\.attn\.qkv_x\.lora_A"),
         (
@@ -117,7 +136,7 @@ MAGNITUDE = {"blocks.0.attn.proj_x.lora_magnitude": torch.ones(192)}
         ({}, "its keys are none"),
         (GOOD | pair("blocks.1.attn.proj_x") | MAGNITUDE, r"lacks blocks\.1\.attn\.proj_x\.magnitude"),
         (GOOD | {key: tensor[1:] for key, tensor in MAGNITUDE.items()}, r"magnitudes have shape \(191,\), not"),
-        (GOOD | {key: tensor[:, None] for key, tensor in MAGNITUDE.items()}, "1 of its keys fit no layer"),
+        (GOOD | {key: tensor[:, None] for key, tensor in MAGNITUDE.items()}, r"float32 \(192, 1\): lora_A"),
         (GOOD | {key: tensor / 0 for key, tensor in MAGNITUDE.items()}, "NaN or infinity"),
         (MAGNITUDE, r"lacks blocks\.0\.attn\.proj_x\.lora_A"),
         (
@@ -127,8 +146,8 @@ MAGNITUDE = {"blocks.0.attn.proj_x.lora_magnitude": torch.ones(192)}
         (pair("blocks.0.attn.proj_x", rank=0), "do not fit each other"),
         (pair("blocks.0.attn.qkv_x", num_out=575), "do not fit each other"),
         (pair("blocks.0.mlp_x.w1", num_out=1023), "do not fit each other"),
-        ({key: tensor[0] for key, tensor in GOOD.items()}, "no known format"),
-        ({key: tensor.int() for key, tensor in GOOD.items()}, "no known format"),
+        ({key: tensor[0] for key, tensor in GOOD.items()}, r"lora_A is float32 \(192,\); .* have two dims"),
+        ({key: tensor.int() for key, tensor in GOOD.items()}, r"lora_A is int32 \(2, 192\); .*: convert the file"),
         ({key: tensor * float("nan") for key, tensor in GOOD.items()}, "NaN or infinity"),
         ({key: tensor * 0 for key, tensor in GOOD.items()}, "nothing but zeros"),
         (GOOD | {"blocks.0.attn.proj_x.alpha": torch.tensor(float("inf"))}, "no usable alpha"),

@@ -178,7 +178,8 @@ GOOD = {f"blocks.0.attn.proj_x.{half}": torch.ones(shape) for half, shape in ((A
         (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "1 of its keys fit no layer of Mochi"),
         (["blocks.1.t5_yproj.lora_A.weight"], "1 of its keys fit no layer of Mochi"),
         (["attn.proj_x.lora_A.weight"], "1 of its keys fit no layer of Mochi"),
-        (["t5_yproj.lora_A.other.weight", "t5_yproj.lora_B.other.weight"], "it holds several adapters, , other"),
+        (["t5_yproj.lora_A.other.weight", "t5_yproj.lora_B.other.weight"], "adapters, one without a name, other"),
+        (["blocks.0.attn.proj_x.lora_A.other", "blocks.0.attn.proj_x.lora_B.other"], "it holds several adapters"),
     ],
 )
 def test_other_kinds_and_unknown_modules_are_refused_by_name(tmp_path, keys, message):
@@ -187,6 +188,19 @@ def test_other_kinds_and_unknown_modules_are_refused_by_name(tmp_path, keys, mes
     with pytest.raises(CheckpointError, match=message) as error:
         load_adapter(write(tmp_path / "a.safetensors", GOOD | foreign))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.diffusion_model.", "base_model.model._orig_mod.", "unet.", "dit.", "transformer."],
+)
+def test_wrappers_of_models_kernels_of_size_1_and_counters_change_nothing(tmp_path, prefix):
+    tensors = {f"{prefix}{key.removesuffix('.weight')}.default": tensor for key, tensor in GOOD.items()}
+    tensors = {key: tensor[:, :, None, None] for key, tensor in tensors.items()} | {"global_step": torch.tensor(7)}
+    layers = load_adapter(write(tmp_path / "a.safetensors", tensors)).layers
+    expected = load_adapter(write(tmp_path / "b.safetensors", GOOD)).layers
+    assert list(layers) == ["blocks.0.attn.proj_x"] and layers["blocks.0.attn.proj_x"].shape == (192, 192)
+    assert torch.equal(layers["blocks.0.attn.proj_x"].a, expected["blocks.0.attn.proj_x"].a)
 
 
 # In a live model

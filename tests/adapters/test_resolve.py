@@ -27,6 +27,7 @@ REPOS = {
         "peft/adapter_config.json": CONFIG,
     },
     "someone/none": {"README.md": b"x"},
+    "someone/parts": {"adapter_model-00001-of-00002.safetensors": WEIGHTS},
     "someone/cog": {"pytorch_lora_weights.safetensors": WEIGHTS},
 }  # fmt: skip
 
@@ -202,7 +203,9 @@ def test_a_config_that_the_cache_may_lack_gives_a_notice(hub, capsys):
 
 
 def test_a_folder(tmp_path):
-    assert "has no .safetensors file" in refused(tmp_path)
+    assert "has no .safetensors file: name one" in refused(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"x")
+    assert "no .safetensors file but adapter_model.bin, and pickles can run code" in refused(tmp_path)
     for name in ("b.safetensors", "notes.txt"):
         (tmp_path / name).write_bytes(WEIGHTS)
     assert find_adapter_file(tmp_path).name == "b.safetensors"
@@ -215,3 +218,15 @@ def test_a_folder(tmp_path):
     assert "several adapters, adapter.safetensors, averaged.safetensors" in refused(tmp_path)
     assert find_adapter_file(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
     assert "does not exist" in refused(tmp_path / "nowhere")
+
+
+def test_a_part_of_an_adapter_is_not_taken_for_the_whole(tmp_path, hub):
+    part = tmp_path / "adapter_model-00001-of-00002.safetensors"
+    part.write_bytes(WEIGHTS)
+    advice = "one of 2 parts of an adapter: join the parts into one .safetensors file"
+    assert advice in refused(part) and f"has {part.name}, which is {advice}" in refused(tmp_path)
+    assert "is the index of an adapter in parts: join" in refused(tmp_path / "adapter_model.safetensors.index.json")
+    assert advice in refused(f"hub:someone/parts/{part.name}", hub) and not hub.fetched
+    # A single part is the whole.
+    whole = part.rename(tmp_path / "adapter_model-00001-of-00001.safetensors")
+    assert load_adapter(tmp_path).path == whole

@@ -104,12 +104,14 @@ def test_a_merge_holds_no_layer_that_is_already_merged(limit):
     assert num_alive[0] == len(alive) and num_alive[-1] <= 2 + 2
 
 
-def test_a_terminal_shows_how_many_layers_are_done(monkeypatch, capsys):
+def test_a_terminal_shows_how_many_layers_are_done(tmp_path, monkeypatch, capsys):
     one, other = random_adapter(), random_adapter(seed=1)
+    save_adapter(tmp_path / "one.safetensors", one)
 
     monkeypatch.setattr(notes, "BAR_DELAY", 0)
 
     def do_all():
+        load_adapter(tmp_path / "one.safetensors")
         measure_layers(one)
         rounding_error(one.layers, torch.bfloat16)
         merge_adapters([one, other], [1.0, 1.0])
@@ -120,7 +122,7 @@ def test_a_terminal_shows_how_many_layers_are_done(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     do_all()
-    for verb in ("measure", "rounding error", "merge", "compare", "resize"):
+    for verb in ("read", "measure", "rounding error", "merge", "compare", "resize"):
         assert re.search(rf"{verb}: .*0/{len(one.layers)} ", terminal.getvalue())
 
 
