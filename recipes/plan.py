@@ -22,7 +22,7 @@ from mochi_tune.errors import ConfigError, ParallelError
 from mochi_tune.models.device import DTYPES
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import latent_shape, num_visual_tokens
-from mochi_tune.models.text_encoder import MAX_TOKENS, T5_DTYPES
+from mochi_tune.models.text_encoder import MAX_TOKENS, T5_DTYPES, prompt_dtype
 from mochi_tune.models.vae_streaming import check_tiles
 from mochi_tune.parallel import forecast_advice
 from mochi_tune.parallel.forecast import (
@@ -240,7 +240,7 @@ def stages_of_decoding(config: RunConfig, video: tuple[int, int, int], speed: Ca
     """Returns the stages of `sample` other than denoising."""
     dtype_bytes, (rows, columns) = DTYPES[config.model.dtype].itemsize, config.memory.tiles or (1, 1)
     return [
-        Stage("sample: prompts", text_held(dtype_bytes)),
+        Stage("sample: prompts", text_held(prompt_dtype(config.memory.t5_dtype, DTYPES[config.model.dtype]).itemsize)),
         Stage(
             "sample: decode",
             decoding_held(*video[1:], (rows, columns), dtype_bytes),

@@ -21,6 +21,7 @@ from mochi_tune.config.load import RunConfig
 from mochi_tune.errors import CheckpointError, MochiTuneError, counted, printable
 from mochi_tune.files import make_writable_folder, move_to_free_name
 from mochi_tune.models.device import DTYPES, find_device, free_memory
+from mochi_tune.models.text_encoder import prompt_dtype
 from mochi_tune.models.vae_streaming import WHOLE
 from mochi_tune.parallel.forecast import encoding_held, free_bytes
 from mochi_tune.parallel.forecast_sampling import decoding_held
@@ -75,7 +76,7 @@ def main(config: RunConfig) -> Iterator[Path]:
         write_line(f"{num_processes} processes: {plan.layout.in_words}")
 
     with usage.stage("text"):
-        features = encode_prompts(plan, device, dtype, prompt_cache)
+        features = encode_prompts(plan, device, prompt_dtype(config.memory.t5_dtype, dtype), prompt_cache)
     encoded = encode_init_videos(plan, config, device, usage)
     finished: list[Sampled] = []
     trouble: Exception | None = None

@@ -20,6 +20,7 @@ from mochi_tune.config.load import RunConfig
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device, free_memory
+from mochi_tune.models.text_encoder import prompt_dtype
 from mochi_tune.models.vae_streaming import WHOLE
 from mochi_tune.parallel.memory import PRECISIONS
 from mochi_tune.recipes.sample import check_latents, encode_prompts, write_line
@@ -231,6 +232,7 @@ class CellRenderer:
     def __init__(self, config: RunConfig, cells: Sequence[Cell], usage: Usage) -> None:
         self._config, self._plan, self.usage = config, cells[0].plan, usage
         self._device, self._dtype = usage.device, DTYPES[config.model.dtype]
+        self._t5_dtype = prompt_dtype(config.memory.t5_dtype, self._dtype)
         self._prompts = Path(config.sample.prompt_cache).expanduser()
         # Adapters with the layers and ranks of every cell; each cell sets its own weights.
         self._start = next((cell.adapters for cell in cells if cell.adapters), {})
@@ -241,10 +243,10 @@ class CellRenderer:
     def encode(self, requests: Sequence[Request]) -> dict[str, Tensor]:
         """Returns the features of the prompts of requests, from the prompt cache or by T5."""
         plan = replace(self._plan, requests=list(requests))
-        cache = PromptCache(self._prompts, plan.weights.fingerprint("text_encoder"), self._dtype)
+        cache = PromptCache(self._prompts, plan.weights.fingerprint("text_encoder"), self._t5_dtype)
         if not all(cache.path(prompt).exists() for prompt in plan.prompts):
             self.free()
-        return encode_prompts(plan, self._device, self._dtype, self._prompts)
+        return encode_prompts(plan, self._device, self._t5_dtype, self._prompts)
 
     def choose_residency(self) -> str:
         """Returns where the DiT's weights are during sampling, as `sample.choose_residency`."""

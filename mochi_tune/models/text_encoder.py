@@ -15,6 +15,14 @@ MAX_TOKENS = 256
 T5_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
+def prompt_dtype(t5_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of T5 in `sample` and for eval prompts: that of the DiT, or int8 where `memory.t5_dtype` is.
+
+    In fp32, the default of `memory.t5_dtype`, T5 alone would not fit a small GPU.
+    """
+    return T5_DTYPES[t5_dtype] if t5_dtype == "int8" else dtype
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Loads T5's tokenizer from its folder, without running code from the folder."""
     from transformers import AutoTokenizer

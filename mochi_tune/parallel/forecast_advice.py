@@ -46,13 +46,15 @@ def for_clips(num_frames: int, height: int, width: int, dtype_bytes: int, free: 
 
 
 def for_prompts(dtype_bytes: int, free: int) -> str:
-    """Returns what to set if T5 does not fit in model.dtype, in `sample` and for the eval prompts of `train`."""
+    """Returns what to set if T5 does not fit in `sample` and for the eval prompts of `train`."""
     if dtype_bytes > 2 and fits(text_held(2), free):
         return "sample: use model.dtype=bf16"
-    needed = (sum(text_held(2).values()) + SPARE_BYTES) / GIB
+    if fits(text_held(1), free):
+        return "sample: use memory.t5_dtype=int8"
+    needed = (sum(text_held(1).values()) + SPARE_BYTES) / GIB
     return (
-        f"sample: T5 takes {needed:.1f} GiB in bf16: use {LARGER}, or a sample.prompt_cache filled on one; "
-        "train: the same for eval prompts, or use train.sample_every=0"
+        f"sample: T5 takes {needed:.1f} GiB even with memory.t5_dtype=int8: use {LARGER}, or a sample.prompt_cache filled "
+        "on one; train: the same for eval prompts, or use train.sample_every=0"
     )
 
 

@@ -18,6 +18,7 @@ from mochi_tune.errors import CheckpointError, DataError
 from mochi_tune.files import atomic_file, load_tensors, save_tensors, write_atomic
 from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.models.latents import to_vae_latents
+from mochi_tune.models.text_encoder import prompt_dtype
 from mochi_tune.models.vae import Decoder
 from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.sampling.formats import MP4, PNG
@@ -176,8 +177,8 @@ def encode_eval_prompts(plan: TrainPlan) -> list[Tensor]:
     """Returns the T5 features (n, D) of the eval prompts and, last, of the negative prompt; [] without eval videos."""
     if not plan.renders_videos:
         return []
-    # The dtype of `sample`: in fp32, T5 alone would not fit a small GPU.
-    encoder = plan.weights.load_text_encoder(plan.device, DTYPES[plan.config.model.dtype])
+    dtype = prompt_dtype(plan.config.memory.t5_dtype, DTYPES[plan.config.model.dtype])
+    encoder = plan.weights.load_text_encoder(plan.device, dtype)
     prompts = [*plan.config.train.sample_prompts, plan.config.sample.negative_prompt]
     features = [features.float().cpu() for features in encoder.encode(prompts)]
     del encoder

@@ -1,9 +1,10 @@
 """What `sample` chooses by itself before it reads a weight."""
 
 import pytest
+import torch
 from helpers_road import road
 
-from mochi_tune.config.load import load_config
+from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.vae import DecoderConfig
@@ -13,7 +14,10 @@ from mochi_tune.parallel.memory import PRECISIONS, RESIDENCIES
 from mochi_tune.recipes import sample as recipe
 from mochi_tune.recipes import sample_plan
 from mochi_tune.recipes.sample_plan import pays_to_compile
+from mochi_tune.sampling.prompt_cache import PromptCache
 from mochi_tune.sampling.requests import read_requests
+from mochi_tune.training.evaluate import encode_eval_prompts
+from mochi_tune.training.preflight import check
 from mochi_tune.weights.folder import WeightsFolder
 
 
@@ -74,3 +78,21 @@ def test_what_cannot_fit_is_refused_and_auto_chooses_what_does(tmp_path, monkeyp
         ConfigError, match=r"sampling needs .* use fewer frames, a smaller height and width, or more GPUs"
     ):
         residency(2, "auto")
+
+
+def test_prompts_are_encoded_in_8_bits_where_those_of_prepare_are(tmp_path):
+    """On a small GPU T5 fits in no other way; features of another precision are other entries of the cache."""
+    prompts = tmp_path / "prompts"
+    folder = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"])))
+    found = {}
+    for t5, dtype in (("fp32", torch.float32), ("int8", torch.int8)):
+        given = road(
+            tmp_path / "run", f"memory.t5_dtype={t5}", f"sample.prompt_cache={prompts}", "train.sample_every=1",
+            "train.sample_prompts=[a cat]", "train.steps=1", "sample.prompt=a cat", "sample.steps=1",
+            "sample.num_frames=1", "sample.adapter=none", f"sample.out={tmp_path / t5}.png",
+        )  # fmt: skip
+        config = load_config("my_lora", given)
+        assert len(list(recipe.main(config))) == 1
+        found[t5] = PromptCache(prompts, folder.fingerprint("text_encoder"), dtype).get("a cat")
+        assert torch.equal(encode_eval_prompts(check(config, 1))[0], found[t5].float()), t5
+    assert not torch.equal(*(features.float() for features in found.values()))
