@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers_process import run
+from helpers_road import SIZES
 
 from mochi_tune.cli.launch import keep_compiled_code
 from mochi_tune.cli.main import SURROUNDINGS, advise, describe_trouble, load
@@ -265,3 +266,13 @@ def test_python_says_what_the_surroundings_lack_in_these_words(monkeypatch):
         Path.home()
     assert str(error.value) in SURROUNDINGS
     keep_compiled_code()
+
+
+def test_a_deterministic_training_sets_what_libraries_read_when_they_start(tmp_path, monkeypatch):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    settings = [*SIZES, f"run_dir={tmp_path}", "train.deterministic=true"]
+    assert run_here(["train", "conf=my_lora", *settings], recipe=lambda _config, _processes: 2) == 2
+    # The option in the program would not reach the threads in which autograd compiles.
+    assert os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1" and os.environ["CUBLAS_WORKSPACE_CONFIG"]
