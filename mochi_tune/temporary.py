@@ -40,6 +40,8 @@ def naming(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise
         is_temporary = temporary is not None and error.filename == str(temporary)
         # A full disk is never that of another file, such as the source of a copy.
         if is_temporary or error.errno in _FULL or (error.errno in _FAILS and error.filename is None):
