@@ -242,6 +242,14 @@ def take_uploads(folder: Path, videos: str, files: Sequence[Path]) -> tuple[list
     return taken, refused
 
 
+def lonely_captions(folder: Path, videos: str, names: Sequence[str]) -> list[str]:
+    """Returns those of the added files that are captions without a clip of their name. Lists of captions need none."""
+    texts = [name for name in names if name.lower().endswith(".txt") and not is_table_name(name)]
+    there = inside(folder, videos).iterdir() if texts else ()
+    clips = {path.stem for path in there if path.suffix.lower() in MEDIA_SUFFIXES}
+    return [name for name in texts if Path(name).stem not in clips]
+
+
 def _check_pairs(names: Sequence[str]) -> None:
     """Refuses several clips of one name with captions, because the captions cannot be assigned to them."""
     twice = [name for name in names if names.count(name) > 1]

@@ -18,6 +18,7 @@ from mochi_tune.ui.clips import (
     caption_path,
     changed_captions,
     list_videos,
+    lonely_captions,
     read_captions,
     take_uploads,
     write_caption,
@@ -27,7 +28,7 @@ from mochi_tune.ui.folder import inside, relative
 from mochi_tune.ui.footage_tab import build_footage
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
-from mochi_tune.ui.jobs_bar import result_html
+from mochi_tune.ui.jobs_bar import result_html, saved_html
 
 # Options of events whose result appears at once.
 _QUIET: dict[str, Any] = {"show_progress": "hidden"}
@@ -66,30 +67,37 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
             return html.note(str(error), "error"), number
         taken, refused = take_uploads(folder, videos, [Path(file) for file in files or []])
         lines = [html.note(f"added: {', '.join(taken)}", "good")] if taken else []
+        lines += [
+            html.note(f"{name} has no clip of its name yet: add {Path(name).stem}.mp4.", "warning")
+            for name in lonely_captions(folder, videos, taken)
+        ]
         return "".join([*lines, *(html.note(text, "error") for text in refused)]), number + 1
 
     def start(verb: str) -> Any:
-        def started(replaces: bool, *values: Any) -> str:
+        def started(replaces: bool, *values: Any) -> list[Any]:
             def add() -> str:
                 name = form.save(values, replaces)
                 job = add_job(folder, verb, [f"conf={name}"])
                 return f"job {job.number}, {job.title}, is in the queue: see below"
 
-            return result_html(add)
+            return saved_html(add)
 
         return started
 
     upload.upload(add_files, [upload, version, *form.inputs], [said, version])
     look.click(lambda number: number + 1, version, version, **_QUIET)
-    prepare.click(start("prepare"), [form.replaces, *form.inputs], said, **_QUIET)
-    inspect.click(start("inspect"), [form.replaces, *form.inputs], said, **_QUIET)
-    own = [form.fields[key] for key in form.fields if key.startswith("data.")]
+    for button, verb in ((prepare, "prepare"), (inspect, "inspect")):
+        button.click(start(verb), [form.replaces, *form.inputs], [said, form.replaces], **_QUIET)
+    own, model = [form.fields[key] for key in form.fields if key.startswith("data.")], form.fields["model"]
+    # Once saved, the conf is not new any more.
+    watched = (*own, model, form.more, form.name, form.filled_times, version, said)
     gr.on(
-        [field.change for field in (*own, form.name, form.filled_times)], form.message, form.inputs, message,
-        trigger_mode="always_last", **_QUIET,
+        [each.change for each in watched], form.message, form.inputs, message, trigger_mode="always_last", **_QUIET
     )  # fmt: skip
-    # Another folder or size changes the cards. They are drawn when the field is left, not at every key.
-    gr.on([field.blur for field in (*own, form.more)], lambda number: number + 1, version, version, **_QUIET)
+    # Another folder or size changes the cards. They are drawn when the field is left, not at every key. A model has
+    # sizes of its own.
+    events = [*(field.blur for field in (*own, form.more)), model.input]
+    gr.on(events, lambda number: number + 1, version, version, **_QUIET)
     form.filled_times.change(lambda number: number + 1, version, version, **_QUIET)
     with gr.Accordion("The page of Inspect", open=False):
         link = gr.HTML(elem_id="inspect_link")

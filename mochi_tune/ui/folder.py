@@ -116,7 +116,8 @@ def clean_name(name: str, suffixes: tuple[str, ...]) -> str:
     Raises:
         DataError: the suffix is not allowed, or no character of the name is left.
     """
-    last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
+    # Browsers write a quotation mark in the name of an upload as %22.
+    last = re.split(r"[/\\]", unicodedata.normalize("NFC", name.replace("%22", '"')))[-1]
     plain = "".join(c if _is_plain(c) else "_" for c in last).strip(" .")
     stem, suffix = os.path.splitext(plain)
     if suffix.lower() not in suffixes:

@@ -57,6 +57,21 @@ GROUP_MEANINGS = {
 }
 
 
+# The browser keeps the LoRA of each of its tabs, which another conf that changes does not replace at a reload.
+KEPT_NAME = """
+() => {
+  try { return sessionStorage.getItem("mochi_tune_lora") ?? ""; } catch { return ""; }
+}
+"""
+# The tick of `replaces` counts for one file only. The browser clears it at once.
+NAME_CHANGES = """
+(name) => {
+  try { sessionStorage.setItem("mochi_tune_lora", name ?? ""); } catch {}
+  return false;
+}
+"""
+
+
 # Text fields, which show the default as a placeholder.
 _TEXT_KEYS = [
     key for key in MAIN_KEYS
@@ -165,8 +180,9 @@ class SettingsForm:
     def wire(self, blocks: gr.Blocks) -> None:
         """Fills the form when the user chooses a conf, and when a page opens."""
 
-        def open_page() -> Any:
-            return gr.Dropdown(list_confs(self.folder), value=newest_conf(self.folder))
+        def open_page(kept: str) -> Any:
+            names = list_confs(self.folder)
+            return gr.Dropdown(names, value=kept if kept in names else newest_conf(self.folder))
 
         def fill(name: str, times: int, reported: str) -> list[Any]:
             mistake = conf_mistake(self.folder, name) if name else ""
@@ -183,9 +199,9 @@ class SettingsForm:
         inputs, quiet = [self.name, self.filled_times, self.reported], "hidden"
         targets = [*self.fields.values(), self.more, self.filled_times, self.reported]
         self.name.change(fill, inputs, targets, show_progress=quiet)
-        # The tick counts for one file only. The browser clears it at once.
-        self.name.change(None, None, self.replaces, js="() => false", show_progress=quiet)
-        blocks.load(open_page, None, self.name, show_progress=quiet).then(fill, inputs, targets, show_progress=quiet)
+        self.name.change(None, self.name, self.replaces, js=NAME_CHANGES, show_progress=quiet)
+        opened = blocks.load(open_page, self.name, self.name, js=KEPT_NAME, show_progress=quiet)
+        opened.then(fill, inputs, targets, show_progress=quiet)
 
 
 def _placeholders(*groups: str | None) -> list[Any]:

@@ -95,6 +95,12 @@ def result_html(act: Any) -> str:
         return html.note(f"{error.filename or 'the file'}: {error.strerror}.", "error")
 
 
+def saved_html(act: Any) -> list[Any]:
+    """Returns the message of an action that saves the conf, and the tick of `replaces`, which counts for one save."""
+    said = result_html(act)
+    return [said, gr.skip() if "note error" in said else False]
+
+
 def jobs_state(folder: Path) -> str:
     """Returns the table of jobs, which includes running times, and revives the runner."""
     revive_runner(folder)
@@ -108,7 +114,7 @@ def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:
     ended = [job.number for job in jobs if not job.is_open]
     hidden = set(ended[:-NUM_SHOWN])
     rows = "".join(_row(folder, job) for job in reversed(jobs) if job.number not in hidden)
-    head = "<tr><th class='number'>#</th><th>command</th><th>state</th><th>time</th></tr>"
+    head = "<tr><th class='number'>#</th><th>command</th><th class='state_of'>state</th><th>time</th></tr>"
     return f'<div class="scroll"><table class="plain">{head}{rows}</table></div>'
 
 
@@ -131,7 +137,7 @@ def _row(folder: Path, job: Job) -> str:
     took = in_words(seconds) if job.began and not is_foreign else ""
     return (
         f"<tr><td class='number'>{job.number}</td><td><code>{escape(job.command)}</code></td>"
-        f"<td><span class='state {job.state}'>{words}</span>{html.note(last[:300])}</td>"
+        f"<td class='state_of'><span class='state {job.state}'>{words}</span>{html.note(last[:300])}</td>"
         f"<td class='time'>{took}</td></tr>"
     )
 

@@ -42,6 +42,22 @@ KEPT_THEME = """
 }
 """
 
+# Files that are dropped anywhere on the page are uploaded. The browser would open them, each in a tab.
+TAKE_DROPS = """
+() => {
+  const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+  window.addEventListener("dragover", (event) => { if (hasFiles(event)) event.preventDefault(); });
+  window.addEventListener("drop", (event) => {
+    const input = document.querySelector("input[type=file]");
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    if (!input) return;
+    input.files = event.dataTransfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+}
+"""
+
 # On a narrow screen notices are at the bottom, where they do not cover the tabs. Gradio does not apply `css` to them.
 NOTICES = "@media (max-width: 640px) { .toast-wrap.toast-wrap { top: auto; bottom: 12px; } }"
 
@@ -87,6 +103,7 @@ def build_page(folder: Path) -> gr.Blocks:
         theme.click(None, js=SWITCH_THEME)
         # Gradio resets the theme to the browser's when it begins to draw.
         blocks.load(None, js=KEPT_THEME)
+        blocks.load(None, js=TAKE_DROPS)
         form = SettingsForm(folder)
         with gr.Row(elem_id="which"):
             form.name.render()

@@ -16,7 +16,7 @@ from mochi_tune.ui.confs import Form, check_form, conf_of_run
 from mochi_tune.ui.folder import inside, relative
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
-from mochi_tune.ui.jobs_bar import result_html
+from mochi_tune.ui.jobs_bar import saved_html
 from mochi_tune.ui.renders import (
     BASE,
     SIZES,
@@ -148,7 +148,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         )
     said = gr.HTML(elem_id="sample_said")
 
-    def sample(replaces: bool, *values: Any) -> str:
+    def sample(replaces: bool, *values: Any) -> list[Any]:
         own, settings = values[: len(fields.inputs)], values[len(fields.inputs) :]
 
         def add() -> str:
@@ -158,9 +158,10 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
             job = add_job(folder, "sample", arguments, f"sample {asked.prompts.strip().splitlines()[0][:60]}")
             return f"job {job.number}, {job.title}, is in the queue; its videos will be shown here"
 
-        return result_html(add)
+        return saved_html(add)
 
-    start.click(sample, [form.replaces, *fields.inputs, *form.inputs], said, show_progress="hidden")
+    inputs = [form.replaces, *fields.inputs, *form.inputs]
+    start.click(sample, inputs, [said, form.replaces], show_progress="hidden")
     _keep_choices(folder, fields, form)
     build_history(folder, fields, form, said)
 

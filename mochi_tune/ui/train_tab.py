@@ -15,7 +15,7 @@ from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm, settings_reference
 from mochi_tune.ui.jobs import add_job, ended_jobs, is_queued
-from mochi_tune.ui.jobs_bar import result_html
+from mochi_tune.ui.jobs_bar import result_html, saved_html
 from mochi_tune.ui.plan import known_cards, likely_card, plan_html
 from mochi_tune.ui.posters import posters
 from mochi_tune.ui.rows import NUMBERS
@@ -67,17 +67,17 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         if "note error" not in text:
             yield text, plan_html(check_form(folder, form.form_of(values)), card)
 
-    def save_only(replaces: bool, *values: Any) -> str:
-        return result_html(lambda: f"conf/{form.save(values, replaces)}.yaml is saved")
+    def save_only(replaces: bool, *values: Any) -> list[Any]:
+        return saved_html(lambda: f"conf/{form.save(values, replaces)}.yaml is saved")
 
-    def train(replaces: bool, *values: Any) -> str:
+    def train(replaces: bool, *values: Any) -> list[Any]:
         def add() -> str:
             name = form.save(values, replaces)
             check_prepared(folder, name, check_form(folder, form.form_of(values)).data.cache)
             job = add_job(folder, "train", [f"conf={name}"])
             return f"job {job.number}, {job.title}, is in the queue; a run that was stopped goes on where it was"
 
-        return result_html(add)
+        return saved_html(add)
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     # The plan depends on the clips, which `prepare` and other jobs change. Once saved, the conf is not new any more.
@@ -87,8 +87,8 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         events, check, [card, *form.inputs], [message, plan],
         trigger_mode="always_last", concurrency_limit=1, **quiet,
     )  # fmt: skip
-    save.click(save_only, [form.replaces, *form.inputs], said, **quiet)
-    start.click(train, [form.replaces, *form.inputs], said, **quiet)
+    save.click(save_only, [form.replaces, *form.inputs], [said, form.replaces], **quiet)
+    start.click(train, [form.replaces, *form.inputs], [said, form.replaces], **quiet)
     build_runs(folder, form)
 
 

@@ -89,6 +89,17 @@ def test_a_conf_with_sources_leaves_the_folder_of_videos_alone(fields, tmp_path)
     assert (tmp_path / "videos" / "a.txt").read_text() == "a cat\n" and not list_jobs(tmp_path)
 
 
+def test_a_caption_without_a_clip_is_reported(clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("a.txt", "lonely.txt", "captions.txt")
+    clip.unlink()
+    for name in names:
+        (tmp_path / name).write_text("a cat")
+    add_files = acts_of(tmp_path)["add_files"]
+    said, _ = add_files([str(tmp_path / name) for name in names], 0, "cats", *[""] * len(MAIN_KEYS), "")
+    assert said.count("has no clip") == 1 and "lonely.txt has no clip of its name yet: add lonely.mp4." in said
+
+
 def test_a_page_is_drawn_with_one_listing_of_the_folder_and_its_tables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     videos = tmp_path / "videos"

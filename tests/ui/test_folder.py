@@ -41,6 +41,7 @@ def test_paths_that_lead_out_are_refused(tmp_path, name):
         ("का.mp4", "का.mp4"),
         ("a" * 5000 + ".mp4", "a" * 200 + ".mp4"),
         ("é" * 150 + ".mp4", "é" * 100 + ".mp4"),
+        ("my clip's %22best%22 one.mp4", "my clip_s _best_ one.mp4"),
     ],
 )
 def test_names_of_uploads_are_cleaned(name, clean):

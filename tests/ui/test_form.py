@@ -1,11 +1,14 @@
 """The fields and the conf agree, by the functions that the page's events call."""
 
+import os
+
 import pytest
 
 pytest.importorskip("gradio")
 
 from mochi_tune.config.load import load_config
 from mochi_tune.ui.form import SettingsForm
+from mochi_tune.ui.page import build_page
 
 WITH_BLANKS = """defaults: [base, _self_]
 name: cats
@@ -38,6 +41,16 @@ def test_blanks_alone_are_nothing_and_blanks_after_a_number_a_slip(form):
     config = load_config("cats", [])
     assert (config.data.caption_prefix, config.data.videos) == ("", "clips")
     assert (config.train.steps, config.train.warmup_steps) == (7, 3)
+
+
+def test_a_page_opens_with_the_lora_that_the_browser_keeps(tmp_path):
+    (tmp_path / "conf").mkdir(exist_ok=True)
+    for number, name in enumerate(("cats", "dogs")):
+        (tmp_path / "conf" / f"{name}.yaml").touch()
+        os.utime(tmp_path / "conf" / f"{name}.yaml", (number, number))
+    open_page = next(each.fn for each in build_page(tmp_path).fns.values() if each.api_name == "open_page")
+    assert open_page is not None
+    assert [open_page(kept).value for kept in ("cats", "", "gone")] == ["cats", "dogs", "dogs"]
 
 
 def test_a_conf_that_cannot_be_read_shows_its_mistake_and_no_settings_of_another_lora(form, tmp_path):

@@ -52,8 +52,18 @@ def test_a_lora_that_is_not_prepared_is_not_trained(tmp_path):
 def test_the_button_train_checks_that(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = next(each.fn for each in build_page(tmp_path).fns.values() if each.api_name == "train")
-    said = train(False, "cups", *[""] * len(MAIN_KEYS), "")
+    assert train is not None
+    said, _ = train(True, "cups", *[""] * len(MAIN_KEYS), "")
     assert "cups is not prepared: press Prepare in Data." in said and not list_jobs(tmp_path)
+
+
+def test_the_tick_to_replace_a_conf_is_for_one_save(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save = next(each.fn for each in build_page(tmp_path).fns.values() if each.api_name == "save_only")
+    assert save is not None
+    assert save(True, "cups", *[""] * len(MAIN_KEYS), "")[1] is False
+    said, tick = save(True, "no name!", *[""] * len(MAIN_KEYS), "")
+    assert "note error" in said and tick is not False
 
 
 def test_the_plan_is_drawn_anew_when_a_job_has_ended(tmp_path):
