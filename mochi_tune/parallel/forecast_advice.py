@@ -53,8 +53,8 @@ def for_prompts(dtype_bytes: int, free: int) -> str:
         return "sample: use memory.t5_dtype=int8"
     needed = (sum(text_held(1).values()) + SPARE_BYTES) / GIB
     return (
-        f"sample: T5 takes {needed:.1f} GiB even with memory.t5_dtype=int8: use {LARGER}, or a sample.prompt_cache filled "
-        "on one; train: the same for eval prompts, or use train.sample_every=0"
+        f"sample: T5 takes {needed:.1f} GiB even with memory.t5_dtype=int8: use {LARGER}, or a sample.prompt_cache "
+        "filled on one; train: the same for eval prompts, or use train.sample_every=0"
     )
 
 

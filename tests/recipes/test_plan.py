@@ -308,17 +308,6 @@ def test_sampling_in_fp8_is_planned_as_its_blocks_run():
     assert largest_block() == eager and largest_block("sample.num_frames=163") < 2.6 * eager
 
 
-def test_sampling_in_fp8_is_planned_as_its_blocks_run():
-    def largest_block(*more, card="4090"):
-        return denoise(["memory=24gb", *more], card)[0].held["largest block"]
-
-    compiled, eager = largest_block("sample.compile=true"), largest_block("sample.compile=false")
-    assert eager > 2 * compiled
-    # A GPU without fp8 does not round to it. By default, short videos are not compiled.
-    assert largest_block("sample.compile=false", card="3090") == compiled
-    assert largest_block() == eager and largest_block("sample.seeds=[0]", "sample.num_frames=163") < 2.6 * eager
-
-
 def test_sample_and_plan_split_the_weights_over_as_many(tmp_path):
     weights = []
     for count in (2, 4):
