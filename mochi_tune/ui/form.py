@@ -57,17 +57,15 @@ GROUP_MEANINGS = {
 }
 
 
-# The browser keeps the LoRA of each of its tabs, which another conf that changes does not replace at a reload.
+# The browser keeps the LoRA of each of its tabs, so that a reload does not choose a conf that changed later.
 KEPT_NAME = """
 () => {
   try { return sessionStorage.getItem("mochi_tune_lora") ?? ""; } catch { return ""; }
 }
 """
-# The tick of `replaces` counts for one file only. The browser clears it at once.
-NAME_CHANGES = """
+KEEP_NAME = """
 (name) => {
   try { sessionStorage.setItem("mochi_tune_lora", name ?? ""); } catch {}
-  return false;
 }
 """
 
@@ -199,7 +197,9 @@ class SettingsForm:
         inputs, quiet = [self.name, self.filled_times, self.reported], "hidden"
         targets = [*self.fields.values(), self.more, self.filled_times, self.reported]
         self.name.change(fill, inputs, targets, show_progress=quiet)
-        self.name.change(None, self.name, self.replaces, js=NAME_CHANGES, show_progress=quiet)
+        # The tick counts for one file only. The browser clears it at once.
+        self.name.change(None, None, self.replaces, js="() => false", show_progress=quiet)
+        self.filled_times.change(None, self.name, js=KEEP_NAME, show_progress=quiet)
         opened = blocks.load(open_page, self.name, self.name, js=KEPT_NAME, show_progress=quiet)
         opened.then(fill, inputs, targets, show_progress=quiet)
 
