@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,8 @@ def test_events_update_the_progress_of_components_that_show_it_only(tmp_path):
 
 @pytest.mark.skipif(not BROWSERS, reason="no Chromium")
 def test_all_steps_by_clicks(server, browser, tmp_path):
+    from playwright.sync_api import expect
+
     work, asked = tmp_path / "work", []
     run_dir = work / "runs" / "my_lora_tiny"
     browser.on("request", lambda request: asked.append(request.url))
@@ -102,11 +105,14 @@ def test_all_steps_by_clicks(server, browser, tmp_path):
 
     page = open_page()
     says(page, "#gallery_empty", "No clips yet")
+    # There is nothing to turn the pages of.
+    assert not page.locator("#pager").is_visible()
     choose_the_theme(page, open_page, work)
     rest(page, work)
     put_in_clips(page, work, tmp_path / "clips")
     page.locator("#prepare").click()
     says(page, "#data_said", "is in the queue")
+    expect(page.locator("#data_message")).not_to_contain_text("will be written")
     # The training is filled in while the clips are prepared, and waits in the queue.
     fill_in_training(page, work)
 
@@ -154,7 +160,9 @@ def test_all_steps_by_clicks(server, browser, tmp_path):
     page.get_by_label("replace it").check()
     page.locator("#train").click()
     says(page, "#train_said", "is in the queue")
+    expect(page.get_by_label("replace it")).not_to_be_checked()
     look_at_grid(page, work)
+    reload(page)
     show(page, "Train")
     says(page, "#figures", "my_lora_tiny is complete")
     play_all(page, work)
@@ -215,17 +223,34 @@ def put_in_clips(page, work, clips):
     page.locator("#model input").click()
     page.get_by_role("option", name="tiny", exact=True).click()
     expect(page.locator("#model input")).to_have_value("tiny")
+    # The model has sizes of its own.
+    says(page, "#data_message", "96 x 64")
     for key, value in (("num_frames", "7"), ("height", "32"), ("width", "48")):
         field(page, f"data_{key}").fill(value)
     says(page, "#data_message", "7 frames, 48 x 32")
-    page.locator("input[type=file]").set_input_files(sorted(map(str, clips.glob("clip*"))))
+    page.locator("input[type=file]").set_input_files(sorted(map(str, clips.glob("clip*[!1].*"))))
     boxes = page.locator("#gallery .caption textarea")
+    expect(page.locator("#gallery .card:visible")).to_have_count(2)
+    drop(page, clips / "clip 1.mp4", clips / "clip 1.txt")
     expect(page.locator("#gallery .card:visible")).to_have_count(3)
     expect(boxes.nth(1)).to_have_value("a red ball 1")
     boxes.nth(2).fill("a <b>blue</b> ball")
     boxes.nth(2).press("Tab")
     says(page, "#data_said", "clip 2.mp4 is saved")
     assert (work / "videos" / "clip 2.txt").read_text() == "a <b>blue</b> ball\n"
+
+
+def drop(page, *files):
+    """Drops files somewhere on the page, which uploads them and opens none of them."""
+    dropped = """
+    (files) => {
+      const data = new DataTransfer();
+      const bytes = (text) => Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
+      files.forEach(([name, text]) => data.items.add(new File([bytes(text)], name)));
+      return !document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+    }
+    """
+    assert page.evaluate(dropped, [[file.name, b64encode(file.read_bytes()).decode()] for file in files])
 
 
 def fill_in_training(page, work):
@@ -275,6 +300,19 @@ def play_all(page, work):
     assert page.evaluate(every.format("video.paused"))
     page.locator("#play_all").click()
     wait_until(lambda: page.evaluate(every.format("video.played.length > 0")), work)
+
+
+def reload(page):
+    """The page keeps its LoRA, though another conf is newer. On a phone the state of a job has the whole width."""
+    from playwright.sync_api import expect
+
+    page.reload()
+    expect(page.locator("#model input")).to_have_value("tiny")
+    assert page.locator("#conf input").input_value() == "my_lora"
+    wide = page.viewport_size
+    page.set_viewport_size({"width": 375, "height": 800})
+    assert page.locator("#jobs_table td.state_of").first.bounding_box()["width"] > 300
+    page.set_viewport_size(wide)
 
 
 def look_at_grid(page, work):
