@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mochi_tune.data.text_files import read_text
 from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, walk
 from mochi_tune.errors import DataError, some
-from mochi_tune.files import read_text
 
 # Names of tables in Hugging Face folders, finetrainers, DiffSynth, LTX-Video-Trainer and FastVideo.
 _TABLE_STEMS = ("metadata", "captions", "dataset", "videos2caption")

@@ -9,10 +9,10 @@ from typing import Literal
 
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.sources import Source
+from mochi_tune.data.text_files import read_text
 from mochi_tune.data_prep.caption_tables import TableRow, find_lists, read_tables
 from mochi_tune.data_prep.finding import suffix_of, walk
 from mochi_tune.errors import DataError, find_lone_surrogate, some
-from mochi_tune.files import read_text
 
 # In any case; the first that exists is used. .caption is the default of kohya's scripts.
 SIDECAR_SUFFIXES = (".txt", ".caption")

@@ -25,9 +25,8 @@ from mochi_tune.data_prep.moving import files_of_clip, finish_moves, move_clip, 
 from mochi_tune.data_prep.output_folder import lock_folder, sibling_folder
 from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import ConfigError, DataError, counted, printable, some
-from mochi_tune.files import make_writable_folder, read_json_lines, write_atomic
+from mochi_tune.files import make_writable_folder, read_json_lines, remove_temporary_files, write_atomic
 from mochi_tune.pages.html_page import write_png
-from mochi_tune.temporary import remove_temporary_files
 
 TABLE, PAGE, _PICTURE, _MEASURED, _MOVED = "filter.csv", "filter.html", "filter.png", "scores.jsonl", "moved.csv"
 _SCORE_COLUMNS = ("black", "frozen", "motion", "sharpness", "left", "top", "right", "bottom")

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from mochi_tune.data_prep.caption_tables import CAPTION_KEYS
 from mochi_tune.data_prep.finding import VIDEO_SUFFIXES
 from mochi_tune.errors import DataError, printable, some
-from mochi_tune.files import file_sha256, lock_file, parse_object, read_json, write_atomic
-from mochi_tune.temporary import remove_temporary_files
+from mochi_tune.files import file_sha256, lock_file, parse_object, read_json, remove_temporary_files, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from mochi_tune.data.text_files import read_text
 from mochi_tune.data_prep.captions import SIDECAR_SUFFIXES, stem_of
 from mochi_tune.data_prep.finding import MEDIA_SUFFIXES
 from mochi_tune.errors import DataError
-from mochi_tune.files import append_line, copy_atomic, file_sha256, fsync, read_text, write_atomic
+from mochi_tune.files import append_line, copy_atomic, file_sha256, fsync, write_atomic
 
 
 @dataclass(frozen=True)

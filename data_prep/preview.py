@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mochi_tune.errors import ConfigError, printable
+from mochi_tune.files import temporary_file
 from mochi_tune.models.latents import FPS
-from mochi_tune.temporary import temporary_file
 
 # Marks previews in the file's metadata; Matroska stores the field under this name.
 _MARK, _MARKED_BY = "mochi-tune preview", "COMMENT"

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
+from mochi_tune.data.text_files import read_text
 from mochi_tune.errors import DataError
-from mochi_tune.files import read_text, write_atomic
+from mochi_tune.files import write_atomic
 
 # Status of a row: not cut yet, cut, cut and removed by the user since, too short for a clip, or refused with an error.
 PLANNED, CUT, REMOVED, SHORT, REFUSED = "", "cut", "removed", "short", "refused"

@@ -33,8 +33,14 @@ from mochi_tune.data_prep.scene_table import (
 from mochi_tune.data_prep.scenes import Scene, SceneRules, check_scenedetect, find_scenes
 from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import ConfigError, DataError, counted, printable, some
-from mochi_tune.files import fsync, make_writable_folder, read_json, write_atomic
-from mochi_tune.temporary import remove_temporary_files, temporary_file
+from mochi_tune.files import (
+    fsync,
+    make_writable_folder,
+    read_json,
+    remove_temporary_files,
+    temporary_file,
+    write_atomic,
+)
 
 _TABLE, _SHEET, SETTINGS = "scenes.csv", "scenes.png", "settings.json"
 

@@ -1,26 +1,30 @@
-"""Files: atomic writes, fsync, locks and hashes; text, JSON and safetensors."""
+"""Files: atomic writes through a temporary name, fsync, locks and hashes; JSON and safetensors."""
 
-import codecs
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
-import unicodedata
+import socket
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mochi_tune.errors import CheckpointError, MochiTuneError, name_stand_in
-from mochi_tune.temporary import naming, remove_left_behind, temporary_file
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
+# Errors of a full disk, and of a limit on the size of files.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of a disk that fails, is lost or cannot be written to.
+_FAILS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
 # Errors of a disk without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # safetensors' codes of torch's dtypes, in the library's order. A file holds the tensors of later dtypes first.
@@ -30,7 +34,6 @@ _CODES = {
     "uint16": "U16", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32",
     "complex64": "C64", "float64": "F64", "int64": "I64", "uint64": "U64",
 }  # fmt: skip
-_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def write_atomic(path: Path, content: bytes, durable: bool = False) -> None:
@@ -71,6 +74,74 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
         if durable:
             fsync(temporary)
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path, named: Path | None = None) -> Iterator[Path]:
+    """Yields a path in the folder of `path` that no other process uses; an error removes what was written there.
+
+    An error of the disk names `named`, or else `path`.
+    """
+    temporary = path.with_name(temporary_name(path.name, os.getpid()))
+    with naming(named or path, temporary):
+        try:
+            yield temporary
+        except BaseException:
+            # A disk that refused to write may refuse this too; the first error says what is wrong.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
+    """Makes errors of the disk name `path`: the system names no file when it refuses to write to an open one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        is_temporary = temporary is not None and error.filename == str(temporary)
+        # A full disk is never that of another file, such as the source of a copy.
+        if is_temporary or error.errno in _FULL or (error.errno in _FAILS and error.filename is None):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+def temporary_name(name: str, process: int | str) -> str:
+    """Returns the name that a process of this machine or container gives to the temporary file of a file."""
+    return f".{name}.{_host()}-{process}.tmp"
+
+
+@cache
+def _host() -> str:
+    # Machines that share a disk can have the same process ids, and so can containers with the same host name.
+    processes = os.readlink(path) if os.path.islink(path := "/proc/self/ns/pid") else ""
+    return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:6]
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes the temporary files that killed processes left in a folder; no process may be writing to it."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def remove_left_behind(folder: Path, name: str | None = None) -> None:
+    """Removes the temporary files that ended processes of this machine or container left in a folder.
+
+    Args:
+        folder: the folder; it need not exist.
+        name: removes only those of the file of this name, which this process is about to write.
+    """
+    import psutil
+
+    for path in folder.glob(temporary_name("*" if name is None else glob.escape(name), "*")):
+        process = path.stem.rpartition("-")[2]
+        # Another thread of this process may be writing another file.
+        is_own = process == str(os.getpid())
+        if process.isdecimal() and (name is not None if is_own else not psutil.pid_exists(int(process))):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def copy_atomic(source: Path, target: Path) -> None:
@@ -156,51 +227,6 @@ def file_sha256(path: Path) -> str:
     """Returns the sha256 of a file in hex, without holding the file in memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_text(path: Path, fallback: str | None = None) -> tuple[str, str]:
-    """Reads a text file in UTF-8, or in UTF-16 with a byte order mark.
-
-    Args:
-        path: the file.
-        fallback: a one-byte encoding for a file that is not UTF-8. It is used only if it gives no control characters,
-            as it would for an image or an archive.
-
-    Returns:
-        The text without its byte order mark and with "\\n" as line ends, and the name of the encoding.
-
-    Raises:
-        OSError: the file cannot be read.
-        UnicodeDecodeError: the file has none of these encodings.
-    """
-    text, encoding = _read_encoded(path, fallback)
-    return text.replace("\r\n", "\n").replace("\r", "\n"), encoding
-
-
-def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a UTF-8 or UTF-16 file; only "\\n" and "\\r\\n" end a line. Raises as `read_text`."""
-    return [line.removesuffix("\r") for line in _read_encoded(path, None)[0].split("\n")]
-
-
-def _read_encoded(path: Path, fallback: str | None) -> tuple[str, str]:
-    """Returns a text with the line ends of the file but no byte order mark, and the name of its encoding."""
-    content = path.read_bytes()
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
-    try:
-        return content.decode(encoding), encoding
-    except UnicodeDecodeError:
-        if fallback is None or encoding != "utf-8" or (decoded := _decode_printable(content, fallback)) is None:
-            raise
-        return decoded, fallback
-
-
-def _decode_printable(content: bytes, encoding: str) -> str | None:
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError:
-        return None
-    is_printable = all(unicodedata.category(c) != "Cc" or c in "\t\n\r\f" for c in set(text))
-    return text if is_printable else None
 
 
 def read_json(path: Path, error: type[MochiTuneError] = CheckpointError) -> dict[str, Any]:

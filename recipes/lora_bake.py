@@ -15,11 +15,10 @@ from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import all_linear_shapes
 from mochi_tune.adapters.tools import assumed_note, source_of
 from mochi_tune.errors import CheckpointError, ConfigError, format_bytes
-from mochi_tune.files import write_json
+from mochi_tune.files import temporary_file, write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import hidden_width
 from mochi_tune.recipes.new_output import check_new
-from mochi_tune.temporary import temporary_file
 from mochi_tune.weights.fill import fp32_parameters
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import Pieces, diffusers_map

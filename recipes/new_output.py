@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.temporary import remove_left_behind
+from mochi_tune.files import remove_left_behind
 
 
 def check_new(out: Path, hint: str = "") -> None:

@@ -69,7 +69,7 @@ def test_every_room_is_on_the_page():
     named = {name for room in rooms for name in re.findall(r"`([^`]+)`", room)}
     folders = {f"mochi_tune/{path.name}" for path in (ROOT / "mochi_tune").iterdir() if (path / "__init__.py").exists()}
     assert named == folders - {"mochi_tune/assets"} | {
-        "recipes", "data_prep", "mochi_tune/errors.py", "mochi_tune/files.py", "mochi_tune/temporary.py",
+        "recipes", "data_prep", "mochi_tune/errors.py", "mochi_tune/files.py",
     }  # fmt: skip
 
 

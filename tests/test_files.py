@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from mochi_tune import files, temporary
+from mochi_tune.data.text_files import read_text
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import load_tensors, read_text, save_tensors, write_new
+from mochi_tune.files import load_tensors, save_tensors, write_new
 
 
 @pytest.mark.parametrize(

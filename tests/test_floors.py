@@ -16,10 +16,10 @@ FLOORS = {
     **dict.fromkeys(("sampling", "data_prep"), 4),
     **dict.fromkeys(("config", "weights", "data", "parallel"), 3),
     **dict.fromkeys(("models", "adapters", "pages"), 2),
-    **dict.fromkeys(("errors", "files", "temporary", "assets", "conf"), 1),
+    **dict.fromkeys(("errors", "files", "assets", "conf"), 1),
 }
 # The order of rooms that share a floor, where there is one: the first may import the second.
-ORDER = {("cli", "ui"), ("toy", "recipes"), ("config", "data"), ("config", "weights"), ("files", "errors"), ("files", "temporary")}
+ORDER = {("cli", "ui"), ("toy", "recipes"), ("config", "data"), ("config", "weights"), ("files", "errors")}
 FILES = sorted(p for folder in ("mochi_tune", "recipes", "data_prep") for p in (ROOT / folder).rglob("*.py"))
 
 
@@ -56,7 +56,7 @@ def test_imports_run_downward(path):
 
 def test_the_top_of_the_package_holds_rooms():
     entries = {p.name for p in (ROOT / "mochi_tune").iterdir() if p.name != "__pycache__"}
-    assert {name for name in entries if name.endswith(".py")} == {"__init__.py", "errors.py", "files.py", "temporary.py"}
+    assert {name for name in entries if name.endswith(".py")} == {"__init__.py", "errors.py", "files.py"}
     # py.typed says to type checkers that the package has type hints.
     assert {name for name in entries if not name.endswith(".py")} <= FLOORS.keys() | {"py.typed"}
 

@@ -27,7 +27,7 @@ def run_describe(arguments: list[str]) -> int:
         return 0
     from mochi_tune.data_prep.captioning import Pace, RetryLimits, Writer
     from mochi_tune.data_prep.describe import LOG_NAME, Sampling, describe, find_clips, plan
-    from mochi_tune.temporary import remove_left_behind
+    from mochi_tune.files import remove_left_behind
 
     is_local = options["endpoint"] == LOCAL
     wording, prices = _wording(options), _prices(options)

@@ -315,8 +315,8 @@ class MemoryConfig(Section):
     )
     t5_dtype: Literal["fp32", "bf16", "int8"] = setting(
         "fp32",
-        "of T5 in `prepare`; fp32 takes 18 GiB of the GPU, bf16 9, int8 5; the last two round the features; `sample` and "
-        "eval prompts use model.dtype, or int8 where this is int8",
+        "of T5 in `prepare`; fp32 takes 18 GiB of the GPU, bf16 9, int8 5; the last two round the features; `sample` "
+        "and eval prompts use model.dtype, or int8 where this is int8",
     )
     tiles: list[Whole] | None = setting(
         None, "[rows, columns]: decodes in tiles, with less memory and faint seams; null: exact"

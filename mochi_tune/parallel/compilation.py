@@ -115,8 +115,9 @@ class _Compiler:
 @contextlib.contextmanager
 def _options() -> Iterator[None]:
     """Sets torch's options in this thread, because they hold per thread, and autograd's threads recompute blocks."""
+    from torch._functorch import config
+
     # This cache on the disk does not know which attention kernel was chosen, and returns code that runs another one.
     # That of inductor, behind it, stores the code by its kernels.
-    cache = torch._functorch.config.patch(enable_autograd_cache=False)
-    with cache, torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+    with config.patch(enable_autograd_cache=False), torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
         yield

@@ -76,7 +76,8 @@ def for_denoising(config: DiTConfig, num_tokens: int, dtype_bytes: int, free: in
 
 def for_decoding(height: int, width: int, dtype_bytes: int, free: int) -> str:
     """Returns what to set if the decoder does not fit: the fewest tiles that do."""
-    counts = sorted(product(range(1, MOST_TILES + 1), repeat=2), key=lambda tiles: (tiles[0] * tiles[1], -min(tiles)))
+    numbers = range(1, MOST_TILES + 1)
+    counts = sorted(product(numbers, numbers), key=lambda tiles: (tiles[0] * tiles[1], -min(tiles)))
     for tiles in counts:
         try:
             check_tiles(tiles, height, width)

@@ -14,8 +14,8 @@ from mochi_tune.config.load import change_sample
 from mochi_tune.config.sample import SampleConfig, sample_size
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.values import SEED_LIMIT
+from mochi_tune.data.text_files import read_lines
 from mochi_tune.errors import ConfigError, find_lone_surrogate
-from mochi_tune.files import read_lines
 from mochi_tune.models.latents import FPS, check_geometry, num_visual_tokens, video_size
 from mochi_tune.sampling.formats import MP4, Encoding, choose_encoding, is_file_name
 from mochi_tune.sampling.sampler import PRESETS, SamplerSettings, threshold_limit

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mochi_tune.adapters.files import Adapter, save_adapter
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import copy_atomic, parse_object, write_json
-from mochi_tune.temporary import temporary_file
+from mochi_tune.files import copy_atomic, parse_object, temporary_file, write_json
 from mochi_tune.training import checkpoint
 from mochi_tune.training.metrics import Metrics
 

@@ -15,8 +15,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import fsync, parse_object, write_atomic
-from mochi_tune.temporary import naming
+from mochi_tune.files import fsync, naming, parse_object, write_atomic
 
 FILES: tuple[str, ...] = ("metrics", "validation")
 # The keys of validation.jsonl that the best step depends on.

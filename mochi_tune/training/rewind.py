@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mochi_tune.files import copy_atomic, parse_object, read_json_lines, write_atomic
-from mochi_tune.temporary import remove_temporary_files
+from mochi_tune.files import copy_atomic, parse_object, read_json_lines, remove_temporary_files, write_atomic
 from mochi_tune.training import checkpoint
 from mochi_tune.training.eval_files import find_eval_videos, find_temporary_videos, prompt_file
 from mochi_tune.training.metrics import FILES

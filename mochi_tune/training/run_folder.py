@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import append_line, read_json_lines
-from mochi_tune.temporary import naming
+from mochi_tune.files import append_line, naming, read_json_lines
 from mochi_tune.training import checkpoint
 
 # File in the run folder with a row for each start.

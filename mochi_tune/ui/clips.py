@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.sources import read_sources
+from mochi_tune.data.text_files import read_text
 from mochi_tune.data_prep.caption_tables import is_table_name
 from mochi_tune.data_prep.captions import (
     MAX_CAPTION_CHARACTERS,
@@ -25,7 +26,7 @@ from mochi_tune.data_prep.inspection import Flag, find_flags
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts
 from mochi_tune.errors import DataError, MochiTuneError, find_lone_surrogate
-from mochi_tune.files import move_to_free_name, read_text, write_atomic
+from mochi_tune.files import move_to_free_name, write_atomic
 from mochi_tune.models.text_encoder import measure_caption
 from mochi_tune.ui.folder import clean_name, inside
 from mochi_tune.ui.posters import poster

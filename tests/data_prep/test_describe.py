@@ -20,7 +20,7 @@ from mochi_tune.data_prep.describe import find_clips
 from mochi_tune.data_prep.describe_tally import open_log
 from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.errors import ConfigError, DataError
-from mochi_tune.temporary import temporary_name
+from mochi_tune.files import temporary_name
 
 QUICK = ["timeout_seconds=10", "clip_seconds=60", "backoff_seconds=0.01", f"model.weights={TINY}"]
 

@@ -4,9 +4,8 @@ import os
 import subprocess
 import sys
 
-from mochi_tune.files import make_writable_folder
+from mochi_tune.files import make_writable_folder, temporary_file, temporary_name
 from mochi_tune.recipes.new_output import check_new
-from mochi_tune.temporary import temporary_file, temporary_name
 
 
 def test_what_a_killed_process_left_of_an_output_is_removed(tmp_path):
