@@ -13,10 +13,9 @@ from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save
 
-from mochi_tune import files, temporary
+from mochi_tune import files
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import load_tensors, save_tensors, write_new
-
 
 SAVE = """
 import sys, torch
@@ -195,11 +194,11 @@ def test_the_content_of_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypat
 
 def test_machines_and_containers_that_share_a_disk_do_not_share_temporary_files(tmp_path, monkeypatch):
     names = set()
-    monkeypatch.setattr(temporary, "_host", temporary._host.__wrapped__)  # Without its cache.
+    monkeypatch.setattr(files, "_host", files._host.__wrapped__)  # Without its cache.
     monkeypatch.setattr(os.path, "islink", lambda _: True)
     for host, container in (("node-1", "pid:[1]"), ("node-2", "pid:[1]"), ("node-1", "pid:[2]")):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
         monkeypatch.setattr(os, "readlink", lambda _, container=container: container)
-        with temporary.temporary_file(tmp_path / "a") as path:
+        with files.temporary_file(tmp_path / "a") as path:
             names.add(path.name)
     assert len(names) == 3
