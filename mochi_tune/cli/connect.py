@@ -48,7 +48,8 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     # The group exists already, because accelerate would create one with nccl alone.
     PartialState(cpu=not is_gpu)
     try:
-        yield
+        with announced_end():
+            yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -65,19 +66,31 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     PartialState().destroy_process_group()
 
 
+@contextlib.contextmanager
+def announced_end() -> Iterator[None]:
+    """Tells rank 0 when this process has finished or failed, so that it does not wait for it in `leave`."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):  # Rank 0 has ended.
+                dist.distributed_c10d._get_default_store().set(f"finished/{dist.get_rank()}", "")
+
+
 def leave(timeout: datetime.timedelta) -> None:
-    """Tells rank 0 that this process has finished; on rank 0, waits for the others.
+    """Waits on rank 0 until the other processes have finished.
 
     Rank 0 holds what GPUs need to connect for the first time, which another process may do late, in its decoder.
     """
     import torch.distributed as dist
 
-    store = dist.distributed_c10d._get_default_store()
-    # A process that fails, or works for longer, does not make a failure of this one.
-    with contextlib.suppress(RuntimeError):
-        store.set(f"finished/{dist.get_rank()}", "")
-        if dist.get_rank() == 0:
-            store.wait([f"finished/{global_rank}" for global_rank in range(dist.get_world_size())], timeout)
+    if dist.get_rank() == 0:
+        # A process that works for longer, or was killed, does not make a failure of this one.
+        with contextlib.suppress(RuntimeError):
+            keys = [f"finished/{global_rank}" for global_rank in range(dist.get_world_size())]
+            dist.distributed_c10d._get_default_store().wait(keys, timeout)
 
 
 def avoid_unsupported_links(environment: MutableMapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """How a process meets the others, why it could not, and when it may leave."""
 
+import contextlib
 import datetime
 import threading
 
@@ -7,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from accelerate import utils
 
-from mochi_tune.cli.connect import avoid_unsupported_links, cause, describe_failure, leave
+from mochi_tune.cli.connect import announced_end, avoid_unsupported_links, cause, describe_failure, leave
 
 # As torch writes it.
 NCCL = """NCCL error in: /torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error, NCCL version 2.27.5
@@ -38,24 +39,27 @@ def test_nccl_avoids_links_that_gpus_cannot_use_unless_the_user_has_chosen(monke
     assert [environment.get(name) for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")] == expected
 
 
-@pytest.mark.parametrize("comes", [True, False])
-def test_rank_0_leaves_after_the_others_and_does_not_wait_for_one_that_failed(monkeypatch, comes):
+@pytest.mark.parametrize("other", ["finishes", "fails", "is killed"])
+def test_rank_0_leaves_after_the_others_and_does_not_wait_for_one_that_failed(monkeypatch, other):
     store, global_rank = dist.HashStore(), threading.local()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: global_rank.value)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    ended = []
 
-    def end(own: int, seconds: float) -> None:
+    def end(own: int, seconds: float, error: type[Exception] | None = None) -> None:
         global_rank.value = own
+        with announced_end():
+            if error is not None:
+                raise error
         leave(datetime.timedelta(seconds=seconds))
-        ended.append(own)
 
-    first = threading.Thread(target=end, args=(0, 60.0 if comes else 0.2))
+    first = threading.Thread(target=end, args=(0, 0.2 if other == "is killed" else 60.0))
     first.start()
-    if comes:
+    if other != "is killed":
         first.join(0.3)
-        assert ended == []
-        end(1, 60.0)
+        assert first.is_alive()
+        with contextlib.suppress(ZeroDivisionError):
+            end(1, 60.0, ZeroDivisionError if other == "fails" else None)
     first.join(30)
-    assert ended in ([1, 0], [0, 1]) if comes else ended == [0]
+    assert not first.is_alive()
