@@ -162,7 +162,7 @@ def test_all_steps_by_clicks(server, browser, tmp_path):
     says(page, "#train_said", "is in the queue")
     expect(page.get_by_label("replace it")).not_to_be_checked()
     look_at_grid(page, work)
-    reload(page)
+    reload(page, work)
     show(page, "Train")
     says(page, "#figures", "my_lora_tiny is complete")
     play_all(page, work)
@@ -302,10 +302,13 @@ def play_all(page, work):
     wait_until(lambda: page.evaluate(every.format("video.played.length > 0")), work)
 
 
-def reload(page):
+def reload(page, work):
     """The page keeps its LoRA, though another conf is newer. On a phone the state of a job has the whole width."""
     from playwright.sync_api import expect
 
+    # It is kept when the form is filled in, a moment after it was chosen.
+    kept = "sessionStorage.getItem('mochi_tune_lora')"
+    wait_until(lambda: page.evaluate(kept) == "my_lora", work)
     page.reload()
     expect(page.locator("#model input")).to_have_value("tiny")
     assert page.locator("#conf input").input_value() == "my_lora"
