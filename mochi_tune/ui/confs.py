@@ -33,7 +33,7 @@ WORDS = ("data.caption_prefix", "data.caption_suffix", *PROMPTS)
 # Settings that name a file or folder. The weights of the model may lie anywhere: they are shared, and only read.
 PATHS = (
     "run_dir", "resume_from", "data.videos", "data.cache", "data.preview", "lora.init_from", "sample.prompts",
-    "sample.adapter", "sample.init_video", "sample.out", "sample.prompt_cache",
+    "sample.adapter", "sample.init_video", "sample.latents", "sample.out", "sample.prompt_cache",
 )  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
