@@ -226,7 +226,9 @@ def save_adapter(
 
     Args:
         path: file to write or replace; its folder exists.
-        adapter, to, dtype: as in `lay_out`, which also has the errors.
+        adapter: the adapter.
+        to: the layout, as in `lay_out`, which also has the errors.
+        dtype: dtype of the tensors.
     """
     layers, tensors, metadata = lay_out(adapter, to, dtype)
     save_tensors(Path(path), tensors, metadata, durable=True)
