@@ -112,9 +112,9 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
 def _check_saved(config: RunConfig, num_processes: int) -> RenderPlan:
     """Returns the plan that only decodes `sample.latents`, by all processes together; checks only the decoder."""
     source, weights = Path(str(config.sample.latents)), WeightsFolder(weights_paths(config))
-    states, told = read_latents(source)
+    states, known = read_latents(source)
     shape = next(iter(states.values())).shape
-    request = request_of_latents(config.sample, shape, told)
+    request = request_of_latents(config.sample, shape, known)
     if config.memory.tiles is not None:
         check_tiles(config.memory.tiles, request.height, request.width)
     weights.check(["decoder"])
@@ -123,9 +123,9 @@ def _check_saved(config: RunConfig, num_processes: int) -> RenderPlan:
     # What decoding changes; the rest is as the video was sampled.
     size = {key: getattr(request, key) for key in ("prompt", "num_frames", "height", "width", "fps")}
     latents = {"file": str(source), "sha256": file_sha256(source), "decoded_in": config.model.dtype}
-    made = {"weights": told.get("weights", {}) | {"decoder": weights.fingerprint("decoder")}, "latents": latents}
-    made["memory"] = told.get("memory", {}) | {"tiles": config.memory.tiles}
-    record = {key: value for key, value in told.items() if key not in OF_THE_FILE} | size | made
+    made = {"weights": known.get("weights", {}) | {"decoder": weights.fingerprint("decoder")}, "latents": latents}
+    made["memory"] = known.get("memory", {}) | {"tiles": config.memory.tiles}
+    record = {key: value for key, value in known.items() if key not in OF_THE_FILE} | size | made
     saved = Sampled(request, states, record)
     return RenderPlan(weights, [request], [], variants, num_tokens(request), layout, own, {}, saved)
 

@@ -29,7 +29,7 @@ FILES = ("init_video", "latents")
 SMALLER = "lower sample.num_frames, sample.height or sample.width"
 # What to change if the GPU's memory does not suffice, by stage.
 ADVICE = {
-    "text": "use model.dtype=bf16, or a sample.prompt_cache that was filled on a GPU with more memory",
+    "text": "use memory.t5_dtype=int8, or a sample.prompt_cache that was filled on a GPU with more memory",
     "encode": SMALLER,
     "sample": f"use memory=24gb or memory=16gb, or {SMALLER}",
     "decode": "use memory.tiles=[2,2], or more tiles, which leave faint seams",

@@ -235,8 +235,8 @@ def request_of_latents(sample: SampleConfig, shape: Sequence[int], record: Mappi
         names = (f"{source.stem}{'' if number == 1 else f'_{number}'}" for number in itertools.count(1))
         videos = (out / f"{name}{suffix}" for name in names)
         video = next(v for v in videos if not v.exists() and not v.with_suffix(".json").exists())
-    told = (str(record.get("prompt", "")), str(record.get("negative_prompt", "")), 0)
-    return Request(*told, *size, PRESETS["quality"], video, None, encoding, rate_of(sample))
+    prompts = (str(record.get("prompt", "")), str(record.get("negative_prompt", "")))
+    return Request(*prompts, 0, *size, PRESETS["quality"], video, None, encoding, rate_of(sample))
 
 
 def _start_of(sample: SampleConfig) -> tuple[Path | None, float]:

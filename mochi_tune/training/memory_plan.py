@@ -230,8 +230,8 @@ def explain_out_of_memory(step: Step, plan: MemoryPlan) -> Iterator[None]:
         if "encode_eval_prompts" in functions:
             # The DiT is not loaded yet, nor anything else in the plan.
             raise TrainingError(
-                f"the GPU's memory does not suffice {where} ({reason}): use train.sample_every=0, and render with "
-                "`sample` after the run."
+                f"the GPU's memory does not suffice {where} ({reason}): use memory.t5_dtype=int8, or "
+                "train.sample_every=0 and render with `sample` after the run."
             ) from error
         held = held_by(step, plan)
         # Settings that hold at least 10 % less, because the estimate was too low.

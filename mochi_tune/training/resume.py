@@ -193,13 +193,13 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     fixed = [texts[key] for key in decisive if resume_rule(key) == "held"]
     fixed += [text for part, text in others.items() if part == "base"]
     reasoned = [text + whys.get(part, "") for part, text in others.items()]
-    changed, told = ([texts[key] for key in decisive] + list(more) for more in (others.values(), reasoned))
+    changed, explained = ([texts[key] for key in decisive] + list(more) for more in (others.values(), reasoned))
     is_forced = this.is_forced or (state["step"], changed, identity["order"]) in this.already_forced
     if changed and (fixed or not is_forced):
         undo = "" if lacks_order and len(changed) == 1 else "undo that, or "
         force = "" if fixed else ", or use resume=force, after which the run cannot be reproduced from its settings"
         raise TrainingError(
-            f"{run_dir} cannot resume from step {state['step']}: {'; '.join(fixed or told)}: "
+            f"{run_dir} cannot resume from step {state['step']}: {'; '.join(fixed or explained)}: "
             f"{undo}start another run with run_dir=DIR{force}."
         )
     notes = [f"since step {state['step']} {text}" for key, text in texts.items() if not key.startswith(_UNMENTIONED)]
