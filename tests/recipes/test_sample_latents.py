@@ -164,7 +164,7 @@ def test_a_grid_without_memory_says_what_to_change_in_each_stage(tmp_path, monke
         "my_lora", road(tmp_path, "sample.steps=1", "sample.grid=true", "sample.prompt=a red ball", "sample.fps=24")
     )
     for function, stage, advice in (
-        ("encode_prompts", "text", "use model.dtype=bf16"),
+        ("encode_prompts", "text", "use memory.t5_dtype=int8"),
         ("sample_latents", "sample", "use memory=24gb or memory=16gb"),
         ("decoded_frames", "decode", "use memory.tiles="),
     ):
