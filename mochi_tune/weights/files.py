@@ -5,7 +5,8 @@
 | official  | dit.safetensors            | encoder.safetensors, decoder.safetensors | text_encoder/ tokenizer/ |
 |           | dit_config.json            | vae_config.json                          |                          |
 | diffusers | transformer/ in any shards | vae/                                     | text_encoder/ tokenizer/ |
-| ComfyUI   | single files in diffusion_models/, vae/, text_encoders/ or checkpoints/, see `single_files`      |
+| ComfyUI   | single files in diffusion_models/, vae/, text_encoders/ or checkpoints/, or in a folder in one   |
+|           | of these, see `single_files`                                                                     |
 
 Each part may be in any layout; if there are several, the first one in the table is read. Single files without a
 configuration next to them have the full size. A folder may also hold only the files of one part, as diffusers saves a
@@ -23,7 +24,7 @@ from mochi_tune.errors import CheckpointError, some
 from mochi_tune.files import file_sha256, parse_object, read_json
 from mochi_tune.weights.headers import PICKLES, read_header
 from mochi_tune.weights.paths import PART_NAMES, SETTINGS, WeightsPaths
-from mochi_tune.weights.single_files import find_prefixes, find_single_files
+from mochi_tune.weights.single_files import find_prefixes, find_single_files, locate_part
 
 TEXT_ENCODER = "text_encoder"
 # File in the folders shipped with mochi-tune that has the sha256 of all others.
@@ -114,7 +115,9 @@ def find_part(paths: WeightsPaths, part: str, fits: Callable[[PartFiles], bool])
         names = ", ".join(str(files.where.relative_to(place)) for files in found)
         raise CheckpointError(f"{place} has several files with a {PART_NAMES[part]}, {names}: choose one with {own}.")
     if not found:
-        names = f"{_FOLDERS[part]}/" if part == TEXT_ENCODER else f"{official.name} or {theirs.name}/"
+        # A folder `vae` may be ComfyUI's.
+        folder = f"{theirs.name}/config.json" if theirs.exists() else f"{theirs.name}/"
+        names = folder if part == TEXT_ENCODER else f"{official.name} or {folder}"
         raise CheckpointError(
             f"{setting}={place} has no {names} and no file with a {PART_NAMES[part]}: run `mochi-tune weights pull "
             f"to={place}`, or set {setting} to a folder or file that has it."
@@ -127,7 +130,9 @@ def has_part(paths: WeightsPaths, part: str) -> bool:
     place = paths.of(part)
     if place.is_file():
         return part in find_prefixes(read_header(place))
-    if (place / f"{part}.safetensors").exists() or (place / _FOLDERS[part]).exists() or _is_saved_model(place, part):
+    theirs = place / _FOLDERS[part]
+    is_theirs = theirs.exists() and not _is_comfyui_folder(theirs, part)
+    if (place / f"{part}.safetensors").exists() or is_theirs or _is_saved_model(place, part):
         return True
     return any(find_single_files(place, part))
 
@@ -235,19 +240,21 @@ def _is_saved_model(folder: Path, part: str) -> bool:
 
 
 def _is_comfyui_folder(folder: Path, part: str) -> bool:
-    """Whether the folder `vae` is that of ComfyUI, with VAEs of many models in single files."""
-    return part in ("encoder", "decoder") and not (folder / "config.json").exists() and any(
-        not path.name.startswith("diffusion_pytorch_model") for path in folder.glob("*.safetensors")
-    )  # fmt: skip
+    """Whether the folder `vae` is that of ComfyUI, with VAEs of many models in single files or in folders."""
+    if part not in ("encoder", "decoder") or (folder / "config.json").exists():
+        return False
+    saved = "diffusion_pytorch_model"
+    has_others = any(not path.name.startswith(saved) for path in folder.glob("*.safetensors"))
+    return has_others or not any(folder.glob(f"{saved}*"))
 
 
 def _single(path: Path, part: str, root: Path) -> PartFiles | None:
-    if part not in (found := find_prefixes(read_header(path))):
+    if (location := locate_part(path, part)) is None:
         return None
     folders = [path.parent, path.parent.parent, root if root.is_dir() else root.parent]
     configs = [folder / _CONFIGS[part] for folder in folders]
     config = next((path for path in configs if path.exists()), configs[0])
-    return PartFiles(found[part].naming, config, [path], is_single=True)
+    return PartFiles(location.naming, config, [path], is_single=True)
 
 
 def check_sums(folder: Path) -> None:

@@ -32,7 +32,7 @@ from mochi_tune.weights.fill import build_meta_model, fill_model
 from mochi_tune.weights.headers import TensorHeader, check_tensors, read_header
 from mochi_tune.weights.key_map import Pieces, diffusers_map
 from mochi_tune.weights.paths import WeightsPaths
-from mochi_tune.weights.quantized import read_formats, read_scale, read_tensor, take_scales
+from mochi_tune.weights.quantized import check_quantized, read_formats, read_scale, read_tensor, take_scales
 from mochi_tune.weights.single_files import take_part
 from mochi_tune.weights.t5 import build_t5, keep_encoder, read_t5_config, t5_shapes
 from mochi_tune.weights.tokenizer import check_tokenizer, open_tokenizer
@@ -281,6 +281,7 @@ def _make_plan(files: PartFiles, part: str) -> _Plan:
     prefix = next((header.name.removesuffix(name) for name, header in found.items()), "")
     formats = {layer: kind for path in files.shards for layer, kind in read_formats(path, stored).items()}
     found = take_scales(found, {layer.removeprefix(prefix): kind for layer, kind in formats.items()})
+    check_quantized(files.where, part, found)
     if part == TEXT_ENCODER:
         config = read_t5_config(files.config)
         mapping = {name: Pieces((name,)) for name in t5_shapes(config)}

@@ -1,4 +1,4 @@
-"""Reads weights in fp8 with their scales, in the layouts of ComfyUI.
+"""Reads weights in fp8 with their scales, in the layouts of ComfyUI; names the quantized formats that are not read.
 
 | layout            | scale                 | also                                                                 |
 | ----------------- | --------------------- | -------------------------------------------------------------------- |
@@ -8,10 +8,15 @@
 
 A scale is one number, or one per row. Scales of activations are ignored.
 Source: Comfy-Org/ComfyUI comfy/utils.py (convert_old_quants), comfy/ops.py (mixed_precision_ops).
+
+Other formats are recognised by the names of their tensors.
+Source: kijai/ComfyUI-MochiWrapper mz_gguf_loader.py; bitsandbytes functional.py (QuantState), nn/modules.py
+(Linear8bitLt); the Linears of AutoGPTQ, AutoAWQ, optimum-quanto and nunchaku.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,20 @@ _MARKER, _NOTE = "scaled_fp8", ".comfy_quant"
 # Layers that ComfyUI never scales.
 _EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
+# Formats that are not read, by the ends of their tensors' names after that of the layer.
+_UNREAD = {
+    "GGUF's blocks": r"\.(Q\d\w*)_qweight",
+    "4 bits of bitsandbytes": r"\.weight\.(nested_)?(absmax|quant_map)|\.weight\.quant_state\.\w+",
+    "8 bits of bitsandbytes": r"\.(weight\.)?SCB",
+    "GPTQ or AWQ": r"\.(qweight|qzeros)",
+    "quanto": r"\.weight\._(data|scale)",
+    "SVDQuant": r"\.wscales",
+}
+# How a part in full precision takes less memory.
+_SMALLER = {
+    "dit": "; model.precision=nf4, fp8 or int8 quantizes it while loading",
+    "text_encoder": "; memory.t5_dtype=int8 quantizes it while loading",
+}
 
 
 def take_scales(found: Mapping[str, TensorHeader], formats: Mapping[str, str]) -> dict[str, TensorHeader]:
@@ -66,6 +85,36 @@ def take_scales(found: Mapping[str, TensorHeader], formats: Mapping[str, str]) -
             f"{len(set(lacking))} tensors are in fp8 without a scale ({lacking[0]}): fetch their file again."
         )
     return {name: header._replace(scale=scales.get(name)) for name, header in kept.items()}
+
+
+def names_before_quantization(names: Iterable[str]) -> set[str]:
+    """Returns the names that the weights had before they were stored in a format that is not read."""
+    ends = "|".join(_UNREAD.values())
+    return {re.sub(rf"({ends})$", ".weight", name) for name in names}
+
+
+def check_quantized(where: Path, part: str, found: Mapping[str, TensorHeader]) -> None:
+    """Refuses tensors in a quantized format that is not read, by its name.
+
+    Args:
+        where: file or folder of the tensors, for the message.
+        part: "dit", "encoder", "decoder" or "text_encoder".
+        found: headers of the part, without the scales that `take_scales` has assigned.
+
+    Raises:
+        CheckpointError: there are such tensors.
+    """
+    kinds = {name: kind for name in found for kind, end in _UNREAD.items() if re.search(f"({end})$", name)}
+    for name in found:
+        layer, ending = _split(name)
+        weight = found.get(f"{layer}.weight")
+        if ending in _SCALES and weight is not None and weight.dtype in ("I8", "U8"):
+            kinds[name] = "integers with scales"
+    for name, kind in kinds.items():
+        raise CheckpointError(
+            f"{where} is quantized ({kind}, by {name}), which can be neither read nor trained on: use the file in bf16 "
+            f"or fp8{_SMALLER.get(part, '')}."
+        )
 
 
 def read_formats(path: Path, names: Mapping[str, TensorHeader]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.weights.headers import TensorHeader, read_header
+from mochi_tune.weights.quantized import check_quantized, names_before_quantization
 
 # A tensor of each part that no other part has, by naming.
 _ANCHORS: dict[str, dict[Literal["official", "diffusers"], str]] = {
@@ -59,21 +60,38 @@ def find_prefixes(names: Iterable[str]) -> dict[str, Location]:
     return found
 
 
+def locate_part(path: Path, part: str) -> Location | None:
+    """Returns the location of a part in a file, or None if the file does not hold it.
+
+    Raises:
+        CheckpointError: as `read_header`, or the file holds the part in a quantized format that is not supported.
+    """
+    headers = read_header(path)
+    found = find_prefixes(headers)
+    # Some formats also rename the weights.
+    if part not in found and part in find_prefixes(names_before_quantization(headers)):
+        check_quantized(path, part, headers)
+    return found.get(part)
+
+
 def find_single_files(folder: Path, part: str) -> tuple[list[Path], CheckpointError | None]:
     """Returns the files in a folder, or in ComfyUI's folders in it, that hold a part by its names, in any size.
 
-    The second value is the error of the first damaged file, which may be the wanted one.
+    ComfyUI's folders may have folders in them, such as diffusion_models/mochi. The second value is the error of the
+    first file that is damaged or holds the part in an unsupported format, which may be the wanted one.
     """
-    folders = [folder, *(folder / name for name in _COMFYUI_FOLDERS[part])]
-    folders += [folder / "split_files" / name for name in _COMFYUI_FOLDERS[part]]
-    holders, damaged = [], None
-    for path in (path for each in folders for path in sorted(each.glob("*.safetensors")) if path.is_file()):
+    deep = [folder] if folder.name in _COMFYUI_FOLDERS[part] else []
+    deep += [home / name for home in (folder, folder / "split_files") for name in _COMFYUI_FOLDERS[part]]
+    paths = [path for each in (folder, *deep) for path in sorted(each.glob("*.safetensors"))]
+    paths += [path for each in deep for path in sorted(each.glob("*/*.safetensors"))]
+    holders, problem = [], None
+    for path in dict.fromkeys(path for path in paths if path.is_file()):
         try:
-            if part in find_prefixes(read_header(path)):
+            if locate_part(path, part) is not None:
                 holders.append(path)
         except CheckpointError as error:
-            damaged = damaged or error
-    return holders, damaged
+            problem = problem or error
+    return holders, problem
 
 
 def take_part(headers: Mapping[str, TensorHeader], part: str, is_shared: bool) -> dict[str, TensorHeader]:

@@ -229,6 +229,7 @@ def test_a_t5_of_another_width_than_the_dits_is_refused(tmp_path):
 def test_has_part_knows_both_layouts(tmp_path):
     assert WeightsFolder(GOLDEN).has("dit") and not WeightsFolder(GOLDEN).has("text_encoder")
     (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").touch()
     assert (
         WeightsFolder(tmp_path).has("encoder")
         and WeightsFolder(tmp_path).has("decoder")

@@ -202,9 +202,6 @@ T5_FAULTS = {
     "missing": lambda tensors: {k: v for k, v in tensors.items() if "block.1.layer.1.DenseReluDense.wo" not in k},
     "unknown": lambda tensors: tensors | {"encoder.block.2.layer.0.layer_norm.weight": torch.ones(64)},
     "shape": lambda tensors: tensors | {"shared.weight": torch.zeros(383, 64)},
-    "scales": lambda tensors: {
-        k.replace(".weight", ".weight.absmax") if "SelfAttention.q" in k else k: v for k, v in tensors.items()
-    },
 }
 
 

@@ -2,17 +2,20 @@
 
 import pickle
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers_diffusers import to_diffusers
-from helpers_weights import TINY, refused, small_configs
-from safetensors.torch import save_file
+from helpers_golden import GOLDEN
+from helpers_weights import TINY, make_comfyui, official, refused, small_configs
+from safetensors.torch import load_file, save_file
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import diffusers_map
-from mochi_tune.weights.paths import WeightsPaths
+from mochi_tune.weights.paths import SETTINGS, WeightsPaths
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,68 @@ def test_a_choice_of_single_files_with_diffusers_keys_names_them(tmp_path):
         "several files with a DiT, one.safetensors, two.safetensors: choose one with model.transformer=FILE"
         in refused(folder, "dit")
     )
+
+
+def test_folders_in_comfyuis_folders_are_searched(tmp_path):
+    models = make_comfyui(tmp_path / "ComfyUI", GOLDEN) / "models"
+    for name in ("diffusion_models/mochi_preview_bf16.safetensors", "vae/mochi_vae.safetensors"):
+        (models / name).parent.joinpath("mochi").mkdir()
+        (models / name).rename((models / name).parent / "mochi" / Path(name).name)
+    (models / "vae" / "ae.safetensors").unlink()
+    for paths in (WeightsPaths(models), WeightsPaths(models, models / "diffusion_models", models / "vae")):
+        weights = WeightsFolder(paths)
+        weights.check(["dit", "encoder", "decoder", "text_encoder"])
+        assert weights.has("dit") and weights.has("decoder")
+    source = models / "diffusion_models" / "mochi" / "mochi_preview_bf16.safetensors"
+    shutil.copy(source, models / "diffusion_models")
+    assert "diffusion_models/mochi_preview_bf16.safetensors, diffusion_models/mochi/mochi_preview_bf16" in refused(
+        models, "dit"
+    )
+    shutil.rmtree(models / "vae" / "mochi")
+    assert not WeightsFolder(models).has("decoder")
+    assert "has no decoder.safetensors or vae/config.json and no file with a VAE decoder" in refused(models, "decoder")
+
+
+def in_format(tensors: dict, weight: str, *more: str, dtype: torch.dtype = torch.uint8) -> dict:
+    """Stores the matrices of blocks as bytes, by this ending of their names, with more tensors by other endings."""
+    stored = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or not name.startswith(("blocks.", "encoder.block.")):
+            stored[name] = tensor
+            continue
+        layer = name.removesuffix(".weight")
+        stored[f"{layer}.{weight}"] = torch.zeros(tensor.shape, dtype=dtype)
+        stored |= {f"{layer}.{ending}": torch.ones(1) for ending in more}
+    return stored
+
+
+QUANTIZED = {
+    "GGUF's blocks, by ": ("Q8_0_qweight",),
+    "4 bits of bitsandbytes, by ": (
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.quant_state.bitsandbytes__nf4",
+    ),
+    "8 bits of bitsandbytes, by ": ("weight", "SCB"),
+    "GPTQ or AWQ, by ": ("qweight", "qzeros", "scales"),
+    "quanto, by ": ("weight._data", "weight._scale"),
+    "integers with scales, by ": ("weight", "weight_scale"),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights_are_refused_by_name(tmp_path, kind):
+    folder = small_configs(tmp_path)
+    for part, tensors, advice in (
+        ("dit", official("dit"), "model.precision=nf4, fp8 or int8 quantizes it while loading."),
+        ("text_encoder", load_file(TINY / "text_encoder" / "model.safetensors"), "memory.t5_dtype=int8 quantizes it"),
+    ):
+        path = folder / f"{part}_quantized.safetensors"
+        save_file(in_format(tensors, *QUANTIZED[kind], dtype=torch.int8), path)
+        for paths in (WeightsPaths(folder), replace(WeightsPaths(folder), **{SETTINGS[part]: path})):
+            said = refused(paths, part)
+            assert f"{path} is quantized ({kind}" in said and "use the file in bf16 or fp8; " + advice in said, said
+    # It is another file's fault only if no file can be used.
+    save_file(official("dit"), folder / "mochi_bf16.safetensors")
+    WeightsFolder(folder).check(["dit"])
