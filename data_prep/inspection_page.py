@@ -85,9 +85,11 @@ def _figures(found: Inspection) -> dict[str, tuple[str, str]]:
     rows = [seen.clip.row for seen in found.clips]
     total, used = count_footage(found.inputs, rows)
     files = {seen.clip.file.name for seen in found.clips}
+    num_held = sum(seen.clip.file.source.validation for seen in found.clips)
+    held = f", {num_held} for validation" if num_held else ""
     num_stills = sum(found.inputs.scans[name].is_still for name in files)
     return {
-        "Clips": (str(len(rows)), f"of {len(files)} of {counted(len(found.inputs.files), 'file')}"),
+        "Clips": (str(len(rows)), f"of {len(files)} of {counted(len(found.inputs.files), 'file')}{held}"),
         "Footage used": (f"{used / total:.0%}" if total else "–", f"{_duration(used)} of {_duration(total)}"),
         "Stills": (str(num_stills), "pictures, clips of one frame"),
         "Buckets": (str(len({row.bucket for row in rows})), "sizes that the clips have"),

@@ -119,6 +119,9 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     lines += _repeated(clips, inputs)
     lines += _unused_footage(inputs, kept)
     lines += _draws(inputs, kept)
+    if held := sorted({file.source.name for file in inputs.files.values() if file.source.validation}):
+        num_held = sum(row.source in held for row in kept)
+        lines.append(f"held out for validation, never trained on: {counted(num_held, 'clip')} of {some(held)}")
     lines += _repeats_in_names(inputs)
     return [printable(line) for line in lines] + not_taken(inputs)
 
@@ -183,7 +186,7 @@ def _share_seen(pictures: tuple[int, int]) -> float:
 
 def _draws(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
     """Reports the draws from each source in an epoch, if repeats or weights are set."""
-    sources = {file.source.name: file.source for file in inputs.files.values()}.values()
+    sources = {file.source.name: file.source for file in inputs.files.values() if not file.source.validation}.values()
     if all(source.repeats == 1 and source.weight is None for source in sources):
         return []
     clips = Counter(row.source for row in kept)

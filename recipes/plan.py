@@ -51,14 +51,8 @@ from mochi_tune.recipes.sample_plan import pays_for_tokens
 from mochi_tune.sampling.requests import read_rows, sampler_settings
 from mochi_tune.training.accelerator import check_strategy
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream, check_streaming, where_the_dit_is
-from mochi_tune.training.preflight import (
-    adapter_bytes,
-    bucket_shares,
-    clip_order,
-    largest_clip,
-    step_seconds,
-    step_sizes,
-)
+from mochi_tune.training.preflight import adapter_bytes, step_seconds, step_sizes
+from mochi_tune.training.preflight_clips import bucket_shares, choose_held_out, clip_order, largest_clip
 from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -357,16 +351,23 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
         return 0, f"of {count} videos in {where}, {status}, each {largest}", shares, 1.0
     num_captions = sum(num_captions_of(config, each, videos[each.name]) for each in sources if each.name in videos)
     num_captions /= count
-    return count, f"{count} in {where}, {status}, each {largest}", shares, num_captions
+    num_held = sum(len(videos.get(source.name, ())) for source in sources if source.validation)
+    return count, f"{count} in {where}{_of_them(num_held)}, {status}, each {largest}", shares, num_captions
 
 
 def count_cached(config: RunConfig, cache: Cache) -> tuple[int, str, dict[Bucket, float], float]:
     """Returns the same as `count_clips` for the clips of a cache."""
-    shares = bucket_shares(clip_order(config, cache, []), cache)
+    # Only those of sources with validation: few others are held out, which changes the shares little.
+    held = choose_held_out(config.data, cache, 0, config.seed)
+    shares = bucket_shares(clip_order(config.data, cache, held, config.train.batch_size, config.seed), cache)
     largest = largest_clip(cache)
     sizes = f"each {largest}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {largest}"
     num_captions = sum(len(captions) for (captions,) in cache.rows.tuples("captions")) / len(cache)
-    return len(cache), f"{len(cache)} in {cache.folder}, {sizes}", shares, num_captions
+    return len(cache), f"{len(cache)} in {cache.folder}{_of_them(len(held))}, {sizes}", shares, num_captions
+
+
+def _of_them(num_held: int) -> str:
+    return f", {num_held} of them for validation" if num_held else ""
 
 
 def num_captions_of(config: RunConfig, source: Source, videos: list[Path]) -> int:

@@ -21,6 +21,7 @@ from mochi_tune.config.values import (
     Section,
     Shard,
     Share,
+    SourceName,
     Text,
     Whole,
     check_folder_name,
@@ -83,6 +84,10 @@ class SourceConfig(BaseModel):
     caption_prefix: Text | None = None
     clips: ClipMode | None = None
     buckets: Buckets | None = None
+    # Stands where the folder's name stands without it.
+    name: SourceName | None = None
+    # Its clips are held out for validation, and never trained on.
+    validation: bool = False
 
 
 class DataConfig(Section):
@@ -96,7 +101,8 @@ class DataConfig(Section):
     sources: list[SourceConfig] = setting(
         [],
         "several folders instead of data.videos: [{folder: cats, repeats: 2}, {folder: dogs}]; each may set "
-        "repeats or weight, caption_prefix, clips, buckets",
+        "repeats or weight, caption_prefix, clips, buckets, a name instead of the folder's, and validation: true, to "
+        "hold out all its clips for the validation loss",
     )
     cache: FileName = setting(
         "cache/${name}",
@@ -247,11 +253,15 @@ class TrainConfig(Section):
     spike_factor: Annotated[float, BeforeValidator(refuse_bool), Field(gt=1)] = setting(
         10.0, "a loss above this multiple of the median of the last 50 is a spike"
     )
-    validate_every: CountOrZero = setting(200, "steps between validations; 0: never, and no clip is held out", "free")
+    validate_every: CountOrZero = setting(
+        200,
+        "steps between validations; 0: never, and no clip is held out but those of a source with validation",
+        "free",
+    )
     validation_clips: CountOrZero = setting(
         4,
-        "clips held out for the validation loss, at most a fifth of all; costs 4 forward passes each; a change of the "
-        "held-out clips changes the order of the others",
+        "clips held out for the validation loss, at most a fifth of all; or how many are measured of those in sources "
+        "with validation; costs 4 forward passes each; a change of the held-out clips changes the order of the others",
         "free",
     )
     sample_every: CountOrZero = setting(

@@ -1,5 +1,6 @@
 """The sources of clips in data.videos or data.sources, each with its buckets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class Source:
     """A folder of videos.
 
     Attributes:
-        name: name of the folder; "" if it is the only source.
+        name: its own name, or else that of the folder; "" if it is the only source and has no name of its own.
         folder: folder of the videos.
         buckets: sizes of its clips.
         clips: which clips are cut from a video.
@@ -29,6 +30,7 @@ class Source:
         repeats: how often an epoch takes each clip.
         weight: share of the draws relative to the weights of the other sources; None: by `repeats`.
         shorter: setting that makes its clips shorter, for errors.
+        validation: whether its clips are held out for validation.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Source:
     repeats: float = 1.0
     weight: float | None = None
     shorter: str = "a smaller data.num_frames"
+    validation: bool = False
 
     @property
     def takes_stills(self) -> bool:
@@ -50,8 +53,8 @@ def read_sources(data: DataConfig) -> list[Source]:
     """Returns the sources that the settings name.
 
     Raises:
-        ConfigError: buckets do not fit the models, two sources have one name, one has none, only some have weights, or
-            settings of windows do not fit each other.
+        ConfigError: buckets do not fit the models, two sources have one name, one has none, only some have weights,
+            none is left to train on, or settings of windows do not fit each other.
     """
     _check_windows(data)
     if not data.sources:
@@ -59,7 +62,7 @@ def read_sources(data: DataConfig) -> list[Source]:
         return [Source("", Path(data.videos), buckets, data.clips, data.caption_prefix, shorter=shorter)]
     sources = [
         Source(
-            _name(Path(own.folder), len(data.sources) == 1),
+            own.name or _name(Path(own.folder), len(data.sources) == 1),
             Path(own.folder),
             _buckets(data, own.buckets, number),
             own.clips or data.clips,
@@ -67,18 +70,11 @@ def read_sources(data: DataConfig) -> list[Source]:
             own.repeats,
             own.weight,
             _shorter(data, own.buckets, number),
+            own.validation,
         )
         for number, own in enumerate(data.sources)
     ]
-    names = [source.name for source in sources]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(
-            f"data.sources has two folders with the name {twice[0]}, which identifies their clips: rename one, or "
-            "put both into one folder."
-        )
-    weights = [source.weight for source in sources]
-    if any(weights) and (None in weights or any(source.repeats != 1 for source in sources)):
-        raise ConfigError("data.sources: give either each source a weight or use repeats, which weights replace.")
+    _check_sources(sources)
     return sources
 
 
@@ -119,7 +115,7 @@ def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
     """
     if data.bucket_shares is None:
         return {}
-    if own := [source.folder for source in data.sources if source.buckets is not None]:
+    if own := [source.folder for source in data.sources if source.buckets is not None and not source.validation]:
         raise ConfigError(
             f"data.bucket_shares refers to data.buckets, and the source {own[0]} has its own buckets: leave one of "
             "them out."
@@ -138,12 +134,39 @@ def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
     return dict(zip(read_buckets(listed, "data.buckets"), data.bucket_shares, strict=True))
 
 
+def _check_sources(sources: Sequence[Source]) -> None:
+    """Refuses sources that do not fit each other."""
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"data.sources has two sources with the name {twice[0]}, which identifies their clips: give one of them a "
+            f"name: {{folder: ..., name: {twice[0]}_2}}."
+        )
+    trained = [source for source in sources if not source.validation]
+    if not trained:
+        raise ConfigError(
+            "data.sources has no source to train on, as each has validation: true: leave that out of one, or add a "
+            "source without it."
+        )
+    for source in sources:
+        if source.validation and (source.repeats != 1 or source.weight is not None):
+            raise ConfigError(
+                f"data.sources: the source {source.name} has validation: true, and its clips are not trained on: leave "
+                "its repeats or weight out."
+            )
+    weights = [source.weight for source in trained]
+    if any(weights) and (None in weights or any(source.repeats != 1 for source in trained)):
+        raise ConfigError("data.sources: give either each source a weight or use repeats, which weights replace.")
+
+
 def _name(folder: Path, is_alone: bool) -> str:
     """Returns the source name of the clips of a folder."""
     # A single source needs no name; the clips of existing caches must keep their names.
     name = folder.name if is_alone or folder.name not in ("", "..") else folder.resolve().name
     if not (name or is_alone):
-        raise ConfigError(f"data.sources: the folder {folder} has no name: name the folders in it.")
+        raise ConfigError(
+            f"data.sources: the folder {folder} has no name: give it one, name: NAME, or name the folders in it."
+        )
     return name
 
 

@@ -50,6 +50,14 @@ def check_project(value: str) -> str:
     return value
 
 
+def check_source_name(value: str) -> str:
+    """Refuses names of sources that cannot be a folder, which datasets and previews of the source are in."""
+    is_folder = value.isprintable() and value == value.strip() and not set(value) & set("/\\")
+    if not is_folder or value[:1] in ("", ".") or len(value.encode()) > 100:
+        raise PydanticCustomError("not_possible", "up to 100 printable characters, none of / \\, no . in front")
+    return value
+
+
 def is_repo(value: str) -> bool:
     """Whether a text can name a repository of the hub, as owner/name."""
     return len(value) <= 96 and _REPO.fullmatch(value) is not None
@@ -93,6 +101,8 @@ Text = Annotated[str, BeforeValidator(_read_text), AfterValidator(_check_text)]
 Name = Annotated[Text, AfterValidator(_check_not_blank)]
 # A file or a folder; `~` is the home folder, as in a shell. An empty path would be the current folder.
 FileName = Annotated[Name, AfterValidator(os.path.expanduser)]
+# It is in the names of clips, and a folder.
+SourceName = Annotated[Text, AfterValidator(check_source_name)]
 Repo = Annotated[Text, AfterValidator(_check_repo)]
 Shard = Annotated[Text, AfterValidator(_check_shard)]
 Whole = Annotated[int, BeforeValidator(_check_whole)]

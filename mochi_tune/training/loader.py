@@ -68,6 +68,15 @@ def spread(clips: Sequence[int], count: int) -> list[int]:
     return [clips[i * len(clips) // count] for i in range(count)]
 
 
+def spread_over(groups: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Returns `count` of the clips, or all if there are fewer: equally many of each group, as far as it has them."""
+    shares = [0] * len(groups)
+    for _ in range(min(count, sum(map(len, groups)))):
+        # A group with clips left that has given the fewest.
+        shares[min((i for i, group in enumerate(groups) if shares[i] < len(group)), key=lambda i: shares[i])] += 1
+    return sorted(clip for group, share in zip(groups, shares, strict=True) for clip in spread(group, share))
+
+
 def check_replacing(damaged: str, strategy: str, context: int) -> None:
     """Refuses to replace damaged clips where processes compute a clip together: each process chooses alone.
 

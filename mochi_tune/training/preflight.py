@@ -19,11 +19,11 @@ from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import flat_settings, resume_rule
-from mochi_tune.config.sources import buckets_by_source, prepared_settings, read_sources, share_of_buckets
+from mochi_tune.config.sources import buckets_by_source, prepared_settings
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
-from mochi_tune.data.order import ClipOrder, make_pools
+from mochi_tune.data.order import ClipOrder
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES, find_device
@@ -37,7 +37,7 @@ from mochi_tune.training.accelerator import check_deepspeed, check_strategy, hos
 from mochi_tune.training.agreement import check_agreement, versions
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
-from mochi_tune.training.loader import check_replacing, held_out, spread
+from mochi_tune.training.loader import check_replacing
 from mochi_tune.training.memory_plan import (
     MemoryPlan,
     arrange,
@@ -47,6 +47,7 @@ from mochi_tune.training.memory_plan import (
     where_the_dit_is,
 )
 from mochi_tune.training.optim import check_installed
+from mochi_tune.training.preflight_clips import choose_held_out, clip_order, largest_clip, measured_clips
 from mochi_tune.training.run_folder import describe_environment
 from mochi_tune.training.trackers import check_trackers
 from mochi_tune.weights.folder import WeightsFolder
@@ -89,10 +90,11 @@ class TrainPlan:
         """Indices of the training clips."""
         return sorted(clip for pool in self.order.pools for clip in pool.clips)
 
-    @property
+    @cached_property
     def validation_clips(self) -> list[int]:
         """Indices of the validation clips: of those that are held out, or else of the training clips."""
-        return spread(self.held_out or range(len(self.dataset)), self.config.train.validation_clips)
+        count = self.config.train.validation_clips
+        return measured_clips(self.config.data, self.dataset.cache, self.held_out, count)
 
     @property
     def renders_videos(self) -> bool:
@@ -225,8 +227,8 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
         check_adapter(start, all_linear_shapes(skeleton), base)
         check_start(start.layers, layers, config.lora.dora, str(start))
     count = train.validation_clips if train.validate_every else 0
-    held = held_out([f"{s}/{p}" if s else p for s, p in cache.rows.tuples("source", "path")], count, config.seed)
-    order = clip_order(config, cache, held)
+    held = choose_held_out(config.data, cache, count, config.seed)
+    order = clip_order(config.data, cache, held, train.batch_size, config.seed)
     # What is learnt depends on the number of samples per step, not on how the processes share them.
     global_batch = train.batch_size * draws.num_micro_batches
     settings = flat_settings(config) | {"global_batch": global_batch, "held_out": len(held)}
@@ -237,16 +239,6 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     identity["order"] = order.fingerprint(cache.rows.column("sample_id"))
     check_streaming(config.memory.dit, config.parallel.strategy, train.recompute)
     return TrainPlan(config, device, weights, dataset, held, order, layers, start, draws, identity, layout, largest)
-
-
-def clip_order(config: RunConfig, cache: Cache, held: Sequence[int]) -> ClipOrder:
-    """Returns the order of the training clips: all clips of a cache except those that are held out."""
-    sources = {source.name: (source.repeats, source.weight) for source in read_sources(config.data)}
-    rows = enumerate(cache.rows.tuples("source", "bucket"))
-    are_held = frozenset(held)
-    clips = {number: (source, Bucket(*bucket)) for number, (source, bucket) in rows if number not in are_held}
-    pools = make_pools(clips, sources, share_of_buckets(config.data))
-    return ClipOrder(pools, config.train.batch_size, config.seed)
 
 
 def adapter_bytes(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerSettings], is_dora: bool) -> int:
@@ -260,11 +252,6 @@ def adapter_bytes(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerSet
     return 4 * sum(
         layer.rank * sum(shapes[name]) + (shapes[name][0] if is_dora else 0) for name, layer in layers.items()
     )
-
-
-def largest_clip(cache: Cache) -> Bucket:
-    """Returns the size of the largest clips; settings such as data.buckets=auto allow larger ones than there are."""
-    return max({Bucket(*size) for (size,) in cache.rows.tuples("bucket")}, key=lambda size: (size.num_tokens, size))
 
 
 def step_sizes(
@@ -289,15 +276,6 @@ def step_sizes(
         optimizer=train.optimizer,
         has_average=bool(train.ema_decay),
     )
-
-
-def bucket_shares(order: ClipOrder, cache: Cache) -> dict[Bucket, float]:
-    """Returns the share of each size of clips among the samples."""
-    draws: dict[Bucket, int] = {}
-    for pool in order.pools:
-        bucket = cache.rows[pool.clips[0]].bucket
-        draws[bucket] = draws.get(bucket, 0) + pool.num_draws
-    return {bucket: count / sum(draws.values()) for bucket, count in draws.items()}
 
 
 def step_seconds(

@@ -10,7 +10,8 @@ from mochi_tune.adapters.lora import LayerSettings, settings_metadata
 from mochi_tune.errors import counted
 from mochi_tune.parallel.forecast import GIB, in_words, known_card
 from mochi_tune.training.memory_plan import MemoryPlan, describe, held_by
-from mochi_tune.training.preflight import TrainPlan, bucket_shares, step_seconds
+from mochi_tune.training.preflight import TrainPlan, step_seconds
+from mochi_tune.training.preflight_clips import bucket_shares
 
 if TYPE_CHECKING:
     from mochi_tune.config.schema import TrainConfig

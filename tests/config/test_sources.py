@@ -34,6 +34,14 @@ def test_a_source_has_its_own_settings_or_those_of_the_data():
     assert (dogs.buckets, dogs.clips, dogs.caption_prefix) == ([Bucket(37, 480, 848)], "head", "")
 
 
+def test_one_folder_is_two_sources_by_names_and_a_source_of_validation_needs_no_weight():
+    own = "{folder: cats, weight: 1}, {folder: cats, name: large, weight: 2, buckets: [[7,64,64]]}"
+    found = read_sources(data(f"data.sources=[{own}, {{folder: dogs, validation: true}}]"))
+    assert [(source.name, source.validation) for source in found] == [("cats", False), ("large", False), ("dogs", True)]
+    assert [str(source.folder) for source in found] == ["cats", "cats", "dogs"]
+    assert read_sources(data("data.sources=[{folder: cats, name: 7}]"))[0].name == "7"
+
+
 def test_shares_belong_to_listed_buckets():
     listed = ["data.buckets=[[7,32,48],[1,64,64]]", "data.bucket_shares=[3,1]"]
     assert share_of_buckets(data(*listed)) == {Bucket(7, 32, 48): 3.0, Bucket(1, 64, 64): 1.0}
@@ -59,7 +67,13 @@ def test_shares_belong_to_listed_buckets():
             ["data.sources=[{folder: x, repeats: 0}]"],
             r"data.sources\[0\]: repeats=0 is not possible: it must be above 0",
         ),
-        (["data.sources=[{folder: a/x}, {folder: b/x}]"], "two folders with the name x"),
+        (["data.sources=[{folder: a/x}, {folder: b/x}]"], "two sources with the name x.*name: x_2"),
+        (["data.sources=[{folder: x, name: a/b}]"], r"sources\[0\]: name=a/b is not possible: it must be up to 100"),
+        (["data.sources=[{folder: x, name: ''}]"], r"sources\[0\]: name=.* is not possible: it must be up to 100"),
+        (["data.sources=[{folder: x, name: ..}]"], "no . in front"),
+        (["data.sources=[{folder: x, validation: perhaps}]"], "validation=perhaps is not possible: it must be true or"),
+        (["data.sources=[{folder: x, validation: true}]"], "no source to train on"),
+        (["data.sources=[{folder: a}, {folder: b, validation: true, repeats: 2}]"], "leave its repeats or weight out"),
         (["data.sources=[{folder: a, weight: 1}, {folder: b}]"], "give either each source a weight or use repeats"),
         (["data.bucket_shares=[1]"], "set data.buckets to a list, or leave data.bucket_shares out."),
         (["data.clips=uniform"], "set data.max_clips=4"),
@@ -93,5 +107,5 @@ def test_a_source_of_the_working_folder_has_that_folders_name(tmp_path, monkeypa
     assert read_sources(data("data.sources=[{folder: .}]"))[0].name == ""
     with pytest.raises(ConfigError, match="the folder / has no name"):
         data("data.sources=[{folder: /}, {folder: .}]")
-    with pytest.raises(ConfigError, match="two folders with the name kittens"):
+    with pytest.raises(ConfigError, match="two sources with the name kittens"):
         data("data.sources=[{folder: .}, {folder: ../../x/kittens}]")
