@@ -157,6 +157,7 @@ def _explain_source(number: str, inner: list[str], details: ErrorDetails) -> str
     if not inner:
         return does_not_fit(f"{where}={as_yaml(details['input'])}", "data.sources")
     rule = details["msg"].removeprefix("Input should be ").replace("greater than", "above")
+    rule = "true or false" if details["type"].startswith("bool") else rule
     return f"{where}: {name}={as_yaml(details['input'])} is not possible: it must be {rule}."
 
 
