@@ -6,6 +6,8 @@ import pytest
 from helpers_prepare import add_clip, config_for, report_of
 from helpers_video import write_video
 
+from mochi_tune.data_prep.inspection import inspect_clips
+from mochi_tune.data_prep.inspection_page import make_page
 from mochi_tune.data_prep.prepare import main, prepare
 from mochi_tune.errors import DataError
 
@@ -126,3 +128,14 @@ def test_what_would_use_the_footage_is_told_by_source(tmp_path, capsys, modes, l
     sources = [{"folder": str(tmp_path / name), "clips": mode} for name, mode in zip("ab", modes, strict=True)]
     assert main(config_for(tmp_path, sources=sources, buckets=[[length, 32, 48]], max_clips=most)) == 0
     assert f"s of footage are not used; {advice}\n" in capsys.readouterr().out
+
+
+def test_a_source_of_validation_is_counted_apart_in_the_page_of_inspect(tmp_path):
+    for name in ("a", "b"):
+        write_clip(tmp_path / name / "a.mp4", 7 + (name == "b"))
+    folders = [{"folder": str(tmp_path / name)} for name in ("a", "b")]
+    config = config_for(tmp_path, sources=[folders[0] | {"repeats": 2}, folders[1] | {"validation": True}])
+    page = make_page(inspect_clips(config.data, 0, None), "x", "")
+    assert "of 2 of 2 files, 1 for validation" in page
+    assert "held out for validation, never trained on: 1 clip of b" in page
+    assert "an epoch takes the clips 2 x 1 of a<" in page

@@ -306,6 +306,28 @@ def test_sources_are_drawn_by_their_repeats(tmp_path):
         assert sorted(epoch) == ["cats/0.mp4", "cats/1.mp4"] + ["dogs/0.mp4"] * 4
 
 
+def test_a_source_of_validation_is_measured_and_never_trained_on(tmp_path, capsys):
+    for number, name in enumerate(("cats", "dogs")):
+        (tmp_path / name).mkdir()
+        write_video(tmp_path / name / "0.mp4", 14, width=48, height=32, first_number=20 * number)
+        (tmp_path / name / "0.txt").write_text(name)
+    # One folder at two sizes.
+    twice = f"{{folder: {tmp_path / 'cats'}}}, {{folder: {tmp_path / 'cats'}, name: long, buckets: [[13,32,48]]}}"
+    dogs, more = f"folder: {tmp_path / 'dogs'}", ["train.validate_every=2"]
+    sources = f"data.sources=[{twice}, {{{dogs}, validation: true}}]"
+    assert prepare(load_config("my_lora", settings(tmp_path, tmp_path / "run", sources))) == 0
+    assert "held out for validation, never trained on: 1 clip of dogs" in capsys.readouterr().out
+    assert train(tmp_path, tmp_path / "run", sources, "train.steps=2", *more) == 0
+    assert "held out for validation: 1 of 3 clips" in capsys.readouterr().out
+    drawn = [clip for row in read_rows(tmp_path / "run" / "metrics.jsonl") for clip in row["clips"]]
+    assert sorted(drawn) == ["cats/0.mp4", "long/0.mp4"]
+    assert all(row["held_out"] for row in read_rows(tmp_path / "run" / "validation.jsonl"))
+    assert "3, 1 of them held out for validation" in (tmp_path / "run" / "report.html").read_text()
+    # The cache is the same, but what is trained on is not.
+    with pytest.raises(TrainingError, match=r"held_out was 1, is 0.*order of the clips differs"):
+        train(tmp_path, tmp_path / "run", f"data.sources=[{twice}, {{{dogs}}}]", "train.steps=4", *more)
+
+
 def test_the_command_line_prepares_and_trains_several_sizes(tmp_path, made):
     shutil.copytree(made / "videos", tmp_path / "videos")
     for verb in ("prepare", "train"):
