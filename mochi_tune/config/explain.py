@@ -62,6 +62,7 @@ SYNONYMS = {
     "network_alpha": ["lora.alpha"],
     "lora_alpha": ["lora.alpha"],
     "target_modules": ["lora.targets"],
+    "network_weights": ["lora.init_from"],
     "resolution": ["data.height", "data.width"],
     "size": ["data.height", "data.width"],
     "frames": ["data.num_frames"],
@@ -87,11 +88,13 @@ SYNONYMS = {
     "blocks_to_swap": ["memory=16gb"],
     "gradient_checkpointing": ["train.recompute=block for true, train.recompute=none for false"],
     "activation_checkpointing": ["train.recompute=block for true, train.recompute=none for false"],
+    "optimizer_args": ["train.weight_decay"],
     "grad_clip": ["train.max_grad_norm"],
     "max_norm": ["train.max_grad_norm"],
     "save_every": ["train.checkpoint_every"],
     "save_interval": ["train.checkpoint_every"],
     "save_every_n_steps": ["train.checkpoint_every"],
+    "save_every_n_epochs": ["train.checkpoint_every"],
     "checkpointing_steps": ["train.checkpoint_every"],
     "validation_steps": ["train.validate_every"],
     "validation_prompts": ["train.sample_prompts"],
@@ -270,6 +273,8 @@ def nearest(key: str, known: Iterable[str]) -> str:
         return f"; did you mean {' and '.join(SYNONYMS[word])}?"
     if word in UNNEEDED:
         return "; leave it out: `prepare` caches latents and captions."
+    if word == "base_weights":
+        return "; merge the adapters into the DiT by `mochi-tune lora bake`, and set model.transformer to its folder."
     if word in EPOCHS:
         return "; set train.steps: the epochs times the clips, divided by the samples of a step."
     if not section and (same := [k for k in known if k.rpartition(".")[2] == key]):

@@ -21,6 +21,9 @@ KNOWN = [*known_keys(), *GROUPS]
         ("num_repeats", "data.sources"),
         ("save_every", "train.checkpoint_every"),
         ("save_every_n_steps", "train.checkpoint_every"),
+        ("save_every_n_epochs", "train.checkpoint_every"),
+        ("network_weights", "lora.init_from"),
+        ("optimizer_args", "train.weight_decay"),
         ("checkpointing_steps", "train.checkpoint_every"),
         ("train.checkpointing_steps", "train.checkpoint_every"),
         ("timestep_sampling", "train.sigma_distribution"),
@@ -46,9 +49,10 @@ def test_words_of_other_trainers_lead_to_the_setting_that_does_it(word, meant):
 
 def test_what_other_trainers_must_be_told_is_left_out():
     assert nearest("cache_latents", KNOWN) == "; leave it out: `prepare` caches latents and captions."
+    assert "by `mochi-tune lora bake`, and set model.transformer" in nearest("base_weights", KNOWN)
 
 
-@pytest.mark.parametrize("word", ["num_workers", "network_module", "optimizer_args", "train.foo", "max_data_loader"])
+@pytest.mark.parametrize("word", ["num_workers", "network_module", "train.foo", "max_data_loader"])
 def test_a_word_that_is_like_no_setting_gets_no_guess(word):
     assert nearest(word, KNOWN) == "; --help all lists them."
 
