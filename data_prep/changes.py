@@ -10,7 +10,7 @@ from mochi_tune.config.sources import Source, read_sources
 from mochi_tune.data.cache import REPORT_NAME, Cache
 from mochi_tune.data.manifest import MANIFEST_NAME
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
-from mochi_tune.data_prep.finding import clip_name, list_videos
+from mochi_tune.data_prep.finding import as_utf8, clip_name, list_videos
 from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import DataError, counted, some
@@ -24,12 +24,12 @@ MAX_BYTES = 2**30
 
 @dataclass
 class Changes:
-    """Names of files that have changed since `prepare`, and folders with clips of which the cache has none."""
+    """Files that have changed since `prepare`, and folders with clips of which the cache has none."""
 
-    gone: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
+    gone: list[Path] = field(default_factory=list)
+    new: list[Path] = field(default_factory=list)
+    replaced: list[Path] = field(default_factory=list)
+    captions: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
 
 
@@ -71,24 +71,24 @@ def _compare(source: Source, data: DataConfig, seed: int, cache: Cache, changes:
             changes.others.append(source.folder)
         return
     found = load_captions(source.folder, videos, CaptionRules.from_config(data, source, seed))
-    changes.gone += [path.name for path in own if not path.exists()]
-    changes.captions += [path.name for path in videos if found.texts.get(path, ("",)) != own[path][0]]
+    changes.gone += [path for path in own if not path.exists()]
+    changes.captions += [path for path in videos if found.texts.get(path, ("",)) != own[path][0]]
     changes.replaced += _replaced(cache, {path: own[path][1] for path in videos})
 
 
-def _replaced(cache: Cache, hashes: Mapping[Path, str]) -> list[str]:
-    """Returns the names of videos whose bytes have changed; reads only files with another signature."""
+def _replaced(cache: Cache, hashes: Mapping[Path, str]) -> list[Path]:
+    """Returns the videos whose bytes have changed; reads only files with another signature."""
     kept, prepared = FileHashes(cache.folder / HASHES_FILE), (cache.folder / MANIFEST_NAME).stat().st_mtime
     found, in_doubt, num_bytes = [], [], 0
     for path in hashes:
         now, before = signature(path), kept.signature_of(path)
         if before and before[0] != now[0]:
-            found.append(path.name)
+            found.append(path)
         elif before != now if before else path.stat().st_mtime > prepared:
             in_doubt.append(path)
             num_bytes += now[0]
     # In a copied or moved folder all signatures differ; reading all files would take minutes at each start.
-    return found + [path.name for path in in_doubt if num_bytes <= MAX_BYTES and file_sha256(path) != hashes[path]]
+    return found + [path for path in in_doubt if num_bytes <= MAX_BYTES and file_sha256(path) != hashes[path]]
 
 
 def _names_of(report: Path) -> set[str] | None:
@@ -103,42 +103,48 @@ def _names_of(report: Path) -> set[str] | None:
     return None if clips is None else {*clips, *(clip.rpartition("@")[0] for clip in clips)}
 
 
-def _new_files(source: Source, seen: set[str]) -> list[str]:
-    names = {clip_name(source.name, source.folder, path) for path in list_videos(source.folder, source.takes_stills)}
+def _new_files(source: Source, seen: set[str]) -> list[Path]:
+    videos = list_videos(source.folder, source.takes_stills)
+    names = {clip_name(source.name, source.folder, path): path for path in videos}
     # If `prepare` saw none of them, the folder is another one, or the source is new.
-    return [name.rpartition("/")[2] for name in sorted(names - seen)] if names & seen else []
+    return [names[name] for name in sorted(names.keys() - seen)] if names.keys() & seen else []
+
+
+def _names(paths: list[Path]) -> list[str]:
+    # Two sources may have the same folder.
+    return [as_utf8(path.name) for path in dict.fromkeys(paths)]
 
 
 def _lines(changes: Changes) -> list[str]:
     prepare, lines = "stop, run `mochi-tune prepare` with these settings, and train", []
     anew = f"{prepare} in another run_dir=DIR; this run continues with other clips only with resume=force"
-    for folder in changes.others:
+    for folder in dict.fromkeys(changes.others):
         lines.append(
             f"none of the clips of the cache is in the folder {folder}, and this run trains on those of the cache: to "
             f"train on the clips in {folder}, {anew}"
         )
-    if gone := changes.gone:
+    if gone := _names(changes.gone):
         is_are, it = ("is", "it") if len(gone) == 1 else ("are", "them")
         lines.append(
             f"{counted(len(gone), 'video')} of the cache {is_are} no longer in the folder ({some(gone)}), and this "
             f"run trains on {it}: to leave {it} out, {anew}"
         )
-    if new := changes.new:
+    if new := _names(changes.new):
         has, it = ("has", "it") if len(new) == 1 else ("have", "them")
         lines.append(
             f"{counted(len(new), 'file')} {has} been added to the folder since `prepare` ({some(new)}), and this run "
             f"does not train on {it}: to add {it}, {anew}"
         )
-    if replaced := changes.replaced:
+    if replaced := _names(changes.replaced):
         has = "has" if len(replaced) == 1 else "have"
         lines.append(
             f"{counted(len(replaced), 'video')} {has} been replaced since `prepare` ({some(replaced)}), and this run "
             f"trains on the old: to use the new, {prepare} again"
         )
-    if changes.captions:
+    if captions := _names(changes.captions):
         lines.append(
-            f"captions of {counted(len(changes.captions), 'video')} have changed since `prepare` "
-            f"({some(changes.captions)}), and this run has the old ones: to use the new ones, stop, run `mochi-tune "
+            f"captions of {counted(len(captions), 'video')} have changed since `prepare` "
+            f"({some(captions)}), and this run has the old ones: to use the new ones, stop, run `mochi-tune "
             "prepare` with these settings, which encodes only those captions, and train again"
         )
     return lines

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from helpers_prepare import add_clip, config_for
 from helpers_road import SIZES, prepared
 from helpers_video import write_video
 
@@ -10,6 +11,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data_prep.changes import describe_changes
+from mochi_tune.data_prep.prepare import prepare
 
 
 def lines_of(home, videos):
@@ -45,3 +47,17 @@ def test_that_a_run_cannot_go_on_is_said_of_clips_that_came_or_went_alone(tmp_pa
     assert (
         "train in another run_dir=DIR; this run continues with other clips only with resume=force" in line
     ) != goes_on
+
+
+def test_a_video_of_two_sources_is_counted_once(tmp_path):
+    folder = add_clip(tmp_path, "a.mp4", "a clip").parent
+    add_clip(tmp_path, "b.mp4", "another clip", 8)
+    config = config_for(tmp_path, sources=[{"folder": str(folder)}, {"folder": str(folder), "name": "again"}])
+    assert prepare(config).kept == 4
+    (folder / "a.txt").write_text("other words")
+    (folder / "b.mp4").unlink()
+    add_clip(tmp_path, "c.mp4", "a third clip", 9)
+    cache = open_cache(tmp_path / "cache", buckets_by_source(config.data))
+    gone, new, captions = describe_changes(config.data, config.seed, cache)
+    assert gone.startswith("1 video of the cache is no longer in the folder (b.mp4)")
+    assert new.startswith("1 file has been added") and captions.startswith("captions of 1 video have changed")
