@@ -1,7 +1,7 @@
 """Low-rank layers by official and by diffusers' names, and exact conversions between the two."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -118,11 +118,7 @@ def check_layer(name: str, layer: LoraLayer) -> None:
         CheckpointError: the sizes do not fit each other or the name, or there are no elements, NaN or infinity.
     """
     a, b = layer.a, layer.b
-    row_parts = 3 if ".qkv_" in name else 2 if name.endswith(_OF_TWO_HALVES) else 1
-    if a.ndim != 2 or b.ndim != 2 or not a.numel() or a.shape[0] != b.shape[1] or not len(b) or len(b) % row_parts:
-        raise CheckpointError(
-            f"{name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit each other or this layer."
-        )
+    check_sizes(name, a.shape, b.shape)
     magnitude = torch.ones(len(b)) if layer.magnitude is None else layer.magnitude
     if magnitude.shape != (len(b),):
         raise CheckpointError(f"{name}: its magnitudes have shape {tuple(magnitude.shape)}, not ({len(b)},).")
@@ -130,6 +126,17 @@ def check_layer(name: str, layer: LoraLayer) -> None:
         raise CheckpointError(
             f"{name}: its weights have NaN or infinity, the training diverged: use an earlier checkpoint."
         )
+
+
+def check_sizes(name: str, a: Sequence[int], b: Sequence[int]) -> None:
+    """Refuses shapes of lora_A and lora_B that do not fit each other or the name of the layer.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    row_parts = 3 if ".qkv_" in name else 2 if name.endswith(_OF_TWO_HALVES) else 1
+    if len(a) != 2 or len(b) != 2 or 0 in (*a, *b) or a[0] != b[1] or b[0] % row_parts:
+        raise CheckpointError(f"{name}: lora_A {tuple(a)} and lora_B {tuple(b)} do not fit each other or this layer.")
 
 
 def round_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

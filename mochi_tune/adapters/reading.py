@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG, is_ours, read_alphas
 from mochi_tune.adapters.header import check_header
 from mochi_tune.adapters.keys import check_foreign, parse_key
-from mochi_tune.adapters.layers import LoraLayer, check_layer, is_diffusers
+from mochi_tune.adapters.layers import LoraLayer, check_layer, check_sizes, is_diffusers
 from mochi_tune.adapters.modelspec import HASH_KEY
 from mochi_tune.adapters.notes import BAR_DELAY, layer_bar, notify
 from mochi_tune.adapters.resolve import PICKLES
@@ -27,6 +27,11 @@ from mochi_tune.files import read_json
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# safetensors' codes of the dtypes that an adapter may have.
+_CODES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 _HALVES = ("lora_A", "lora_B")
 # Empty tensor by which ComfyUI marks files with scaled fp8 weights.
 _SCALED_MARKER = "scaled_fp8"
@@ -88,6 +93,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes, tuple[s
                 same = path
             check_header(same)
             with safe_open(same, "pt") as file:
+                _check_sizes(path, file)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
             return tensors, metadata, *_sums(opened)
@@ -99,6 +105,29 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes, tuple[s
         raise CheckpointError(
             f"adapter {path} is not safetensors, or is damaged ({one_line(error)}): fetch it again, or convert it."
         ) from error
+
+
+def _check_sizes(path: Path, file: Any) -> None:
+    """Refuses keys and sizes that are not those of an adapter, by the header of an open file.
+
+    The file may be a whole model, which takes minutes to read.
+    """
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    if any(each.get_dtype() not in _CODES for each in slices.values()):
+        # Refused when the tensors are read, unless it is that of a tensor that is ignored.
+        return
+    try:
+        modules = _sort_keys(
+            {
+                key: torch.empty(each.get_shape(), dtype=_CODES[each.get_dtype()], device="meta")
+                for key, each in slices.items()
+            }
+        )
+        for name, parts in modules.items():
+            if "lora_A" in parts and "lora_B" in parts:
+                check_sizes(name, parts["lora_A"].shape, parts["lora_B"].shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"adapter {path}: {error}") from error
 
 
 def _check_start(path: Path, start: bytes) -> None:

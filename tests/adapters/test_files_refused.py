@@ -6,6 +6,7 @@ import torch
 from helpers_adapters import random_adapter, write
 from safetensors.torch import load_file, save_file
 
+from mochi_tune.adapters import reading
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError, ConfigError
 
@@ -159,6 +160,19 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, tensors, message):
         load_adapter(write(tmp_path / "a.safetensors", tensors))
     assert "\n" not in str(error.value)
     assert str(tmp_path / "a.safetensors") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (pair("blocks.0.attn.qkv_x", num_out=575), r"qkv_x: lora_A \(2, 192\) and lora_B \(575, 2\) do not fit each"),
+        (pair("unet.down.0.to_q"), "of no known format"),
+    ],
+)
+def test_keys_and_sizes_are_refused_before_the_weights_are_read(tmp_path, monkeypatch, tensors, message):
+    monkeypatch.setattr(reading, "_sums", None)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(write(tmp_path / "a.safetensors", tensors))
 
 
 def kwargs(rank=2, alpha=2):
