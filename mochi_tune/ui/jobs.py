@@ -107,12 +107,24 @@ def log_path(folder: Path, number: int) -> Path:
 
 def list_jobs(folder: Path) -> list[Job]:
     """Returns all jobs by number, without those whose records cannot be read."""
-    found = []
+    return _read_records(folder)[0]
+
+
+def damaged_records(folder: Path) -> list[Path]:
+    """Returns the files of the records that are damaged, of another version or not readable."""
+    return _read_records(folder)[1]
+
+
+def _read_records(folder: Path) -> tuple[list[Job], list[Path]]:
+    found, damaged = [], []
     for path in sorted(jobs_folder(folder).glob("[0-9]*.json")):
-        # The record was removed meanwhile, or is of another version or damaged.
-        with contextlib.suppress(OSError, ValidationError):
-            found.append(_RECORDS.validate_python(parse_object(path.read_bytes()) or {}))
-    return found
+        # A record may have been removed meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                found.append(_RECORDS.validate_python(parse_object(path.read_bytes()) or {}))
+            except (OSError, ValidationError):
+                damaged.append(path)
+    return found, damaged
 
 
 def open_jobs(folder: Path, state: Literal["waiting", "running"] | None = None) -> list[Job]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.errors import MochiTuneError, some
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.ui import html
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import (
     Job,
+    damaged_records,
     list_jobs,
     log_path,
     message_of,
@@ -109,13 +110,27 @@ def jobs_state(folder: Path) -> str:
 
 def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:
     """Returns the newest jobs as a table, with the last log line of the running job."""
+    note = _damaged_html(folder)
     if not jobs:
-        return html.empty_state("Nothing has been started yet", "Prepare the clips in Data, then start in Train.")
+        text = "Prepare the clips in Data, then start in Train."
+        return note + html.empty_state("Nothing has been started yet", text)
     ended = [job.number for job in jobs if not job.is_open]
     hidden = set(ended[:-NUM_SHOWN])
     rows = "".join(_row(folder, job) for job in reversed(jobs) if job.number not in hidden)
     head = "<tr><th class='number'>#</th><th>command</th><th class='state_of'>state</th><th>time</th></tr>"
-    return f'<div class="scroll"><table class="plain">{head}{rows}</table></div>'
+    return f'{note}<div class="scroll"><table class="plain">{head}{rows}</table></div>'
+
+
+def _damaged_html(folder: Path) -> str:
+    damaged = damaged_records(folder)
+    if not damaged:
+        return ""
+    names = some([path.name for path in damaged])
+    return html.note(
+        f"Records of jobs in {damaged[0].parent} that cannot be read are not shown ({names}): they are damaged or of "
+        "another version; remove them, and start those jobs again in their tabs.",
+        "warning",
+    )
 
 
 def _row(folder: Path, job: Job) -> str:

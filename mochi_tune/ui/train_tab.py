@@ -26,6 +26,12 @@ LINE_STYLES = tuple(f"{colour}{dash}" for dash in ("", " dashed", " dotted", " d
 PLAY_ALL = """
 () => document.querySelectorAll("#samples video").forEach((v) => { v.pause(); v.currentTime = 0; v.play(); })
 """
+# Files of a run that the page links to.
+LINKS = {
+    "report.html": "its report",
+    "metrics.jsonl": "numbers of each step",
+    "validation.jsonl": "numbers of each validation",
+}
 
 
 def build_tab(folder: Path, form: SettingsForm) -> None:
@@ -211,8 +217,12 @@ def figures_html(folder: Path, names: Sequence[str]) -> str:
             + "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in figures.items() if value)
             + "</dl>"
         )
-        if (run_dir / "report.html").is_file():
-            parts.append(f'<a href="{html.address(folder, run_dir / "report.html")}" target="_blank">its report</a>')
+        links = [
+            f'<a href="{html.address(folder, run_dir / file)}" target="_blank">{title}</a>'
+            for file, title in LINKS.items()
+            if (run_dir / file).is_file()
+        ]
+        parts.append(", ".join(links))
     return "".join(parts)
 
 

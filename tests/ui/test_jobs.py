@@ -183,11 +183,13 @@ def test_a_bug_is_no_success_but_for_some_clips(tmp_path):
     assert find_job(tmp_path, 1).state == "failed"
 
 
-def test_a_record_that_is_damaged_is_left_out(tmp_path):
+def test_a_record_that_is_damaged_is_left_out_and_named(tmp_path):
     put(tmp_path, Job(1, "toy"))
     (jobs_folder(tmp_path) / "00002.json").write_text("{")
     (jobs_folder(tmp_path) / "00003.json").write_text(json.dumps({"number": 3, "verb": "toy", "unknown": 1}))
     assert [job.number for job in list_jobs(tmp_path)] == [1]
+    for jobs in (list_jobs(tmp_path), []):
+        assert "cannot be read are not shown (00002.json, 00003.json)" in jobs_table(tmp_path, jobs)
 
 
 def test_a_new_job_never_gets_the_log_of_an_old_one(tmp_path):

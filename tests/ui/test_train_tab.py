@@ -14,7 +14,7 @@ from mochi_tune.ui import train_tab
 from mochi_tune.ui.confs import MAIN_KEYS
 from mochi_tune.ui.jobs import Job, list_jobs
 from mochi_tune.ui.page import build_page
-from mochi_tune.ui.train_tab import charts_html, check_prepared
+from mochi_tune.ui.train_tab import charts_html, check_prepared, figures_html
 
 
 def write_run(folder: Path, number: int, validates: bool) -> str:
@@ -35,6 +35,12 @@ def test_runs_over_one_another_look_different_and_each_the_same_in_all_charts(tm
     looks = (Path(train_tab.__file__).parent / "page.css").read_text()
     for word in {word for style in styles for word in style.split()[1:]}:
         assert f".charts polyline.{word} {{" in looks and f".charts .legend .{word} {{" in looks
+
+
+def test_a_run_has_links_to_its_numbers(tmp_path):
+    shown = figures_html(tmp_path, [write_run(tmp_path, 1, validates=False)])
+    assert re.search(r'href="/files/runs/run_01/metrics.jsonl[^"]*" target="_blank">numbers of each step</a>', shown)
+    assert "validation.jsonl" not in shown and "its report" not in shown
 
 
 def test_a_lora_that_is_not_prepared_is_not_trained(tmp_path):
