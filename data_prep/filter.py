@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -139,18 +140,21 @@ def main(settings: Filter) -> int:
     make_writable_folder(report)
     with lock_folder(report, "filter"), WatchedProcess(settings.timeout_seconds) as child:
         remove_temporary_files(report)
-        # Before listing the clips, so that a clip that a stopped run has half moved is not judged.
-        for row in finish_moves(report / _MOVED)[-1:]:
+        # Before listing the clips, so that none of them is half moved.
+        finished = finish_moves(report / _MOVED)[-1:]
+        for row in finished:
             tqdm.write(
                 printable(
-                    f"{row.original}: its interrupted move to {row.moved} was finished, so {TABLE} and {PAGE} do not "
-                    f"show it; {report / _MOVED} lists it, undo=true moves it back"
+                    f"{row.original}: its interrupted move to {row.moved} was finished; {report / _MOVED} lists it, "
+                    "undo=true moves it back"
                 )
             )
         clips = {
             path.relative_to(settings.videos).as_posix(): path
             for path in find_videos(settings.videos, setting="videos")
         }
+        # The table and the page of the run that was stopped are replaced: these show its last clip too.
+        clips |= {os.path.relpath(row.original, settings.videos): Path(row.moved) for row in finished}
         judged = judge(_measure_all(report / _MEASURED, clips, child), settings.limits)
         write_atomic(report / TABLE, as_csv(judged).encode(errors="surrogateescape"), durable=True)
         _make_page(settings, clips, judged, child)
@@ -296,7 +300,11 @@ def _move_all(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judg
     """Moves the flagged clips that can be read; returns the reasons why some were not moved."""
     assert settings.move is not None
     table, problems, num_moved = settings.report / _MOVED, [], 0
-    wanted = [each for each in judged if each.flags and each.scores is not None]
+    wanted = [
+        each
+        for each in judged
+        if each.flags and each.scores is not None and clips[each.name].is_relative_to(settings.videos)
+    ]
     for each in tqdm(wanted, desc="moving", unit="clip", disable=not wanted):
         target = settings.move / Path(each.name).parent
         moves = [(path.absolute(), (target / path.name).absolute()) for path in files_of_clip(clips[each.name])]

@@ -153,6 +153,7 @@ def test_a_move_that_is_killed_in_the_middle_goes_on(copy, ending, nth):
     done = run(*arguments, env={"PATH": "/nowhere"})
     assert done.returncode == 0, done.stderr
     assert f"its interrupted move to {copy}/videos_filter/moved/b" in done.stdout
+    assert rows_of(copy)["bars.mp4" if "csv" in ending else "black.mp4"]["verdict"] != "good"
     assert names_in(copy / "videos") == ["good.mp4", "good.txt"] and not list((copy / "videos_filter").glob(".*.tmp"))
     rows = read_moved(copy / "videos_filter/moved.csv")
     assert len(rows) == len(set(rows)) == 12 and all(Path(row.moved).exists() for row in rows)
