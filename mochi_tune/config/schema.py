@@ -222,7 +222,7 @@ class TrainConfig(Section):
     warmup_steps: CountOrZero = setting(50, "steps from 0 to the peak learning rate")
     decay_share: Annotated[Number, Field(gt=0, le=1)] = setting(0.2, "for wsd: share of the steps with a falling rate")
     weight_decay: NotNegative = setting(0.01, "share by which a step shrinks the adapter, times the learning rate")
-    max_grad_norm: Positive = setting(1.0, "gradients of a larger norm are scaled down to it")
+    max_grad_norm: NotNegative = setting(1.0, "gradients of a larger norm are scaled down to it; 0: none are")
     caption_dropout: Share = setting(0.1, "share of the samples trained with the empty prompt; guidance needs it")
     recompute: Literal["auto", "none", "attention", "block"] = setting(
         "auto",

@@ -58,7 +58,7 @@ def build_accelerator(
         device: the device of this process.
         strategy: a value of `parallel.strategy`.
         accumulation_steps: number of micro-batches per step on this process.
-        max_grad_norm: gradients above this norm are scaled down to it.
+        max_grad_norm: gradients above this norm are scaled down to it; 0: none are.
     """
     if strategy == "data":
         return Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=accumulation_steps)
@@ -134,7 +134,7 @@ def prepare(
         dit: the model with a trainable adapter, on the device.
         parameters: the parameters of the adapter, by name.
         optimizer: an optimizer of these parameters, without state.
-        max_grad_norm: gradients above this norm are scaled down to it.
+        max_grad_norm: gradients above this norm are scaled down to it; 0: none are.
     """
     if accelerator.deepspeed_plugin is None:
         # The model is not wrapped in DDP, which rebuilds its buckets after the first step: a resumed run would sum in
@@ -154,7 +154,7 @@ class AdapterOptimizer:
         accelerator: averages and clips the gradients.
         parameters: the parameters of the adapter, by name.
         optimizer: the optimizer of these parameters.
-        max_grad_norm: gradients above this norm are scaled down to it.
+        max_grad_norm: gradients above this norm are scaled down to it; 0: none are.
         replaced: while the adapter has other weights, the trained weights and these.
     """
 
@@ -174,7 +174,7 @@ class AdapterOptimizer:
             assert isinstance(averaged, Tensor)
             for gradient, part in zip(gradients, averaged.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm or torch.inf)
         assert norm is not None
         return norm
 

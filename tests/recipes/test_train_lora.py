@@ -132,7 +132,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):
     """AdamW's first step hides the size of a gradient, but its moments do not."""
-    for name, limit in (("free", "1e9"), ("clipped", "1e-4")):
+    for name, limit in (("free", "0"), ("clipped", "1e-4")):
         assert train(tmp_path / name, "train.steps=1", f"train.max_grad_norm={limit}") == 0
     states = [load_file(tmp_path / n / "checkpoints/step_000001/optimizer.safetensors") for n in ("free", "clipped")]
     norms = [sum(t.square().sum() for k, t in s.items() if k.endswith("exp_avg")).sqrt().item() * 10 for s in states]
