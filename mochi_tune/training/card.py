@@ -228,10 +228,11 @@ def _data_facts(records: RunRecords) -> dict[str, str]:
 
 def _run_facts(records: RunRecords) -> dict[str, str]:
     train = records.config.train
+    clipping = f"gradient norm {train.max_grad_norm:g}" if train.max_grad_norm else "gradients unclipped"
     facts = {
         "steps": str(records.step),
         "clips a step": str(records.global_batch),
-        "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}, gradient norm {train.max_grad_norm:g}",
+        "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}, {clipping}",
         "learning rate": f"{train.learning_rate:g}, {train.schedule}, {counted(train.warmup_steps, 'step')} of warm-up",
         "objective": f"{train.objective}, noise levels {train.sigma_distribution}",
         "captions left out": f"{train.caption_dropout:g} of the samples",

@@ -34,7 +34,7 @@ EVALS = [
     "sample.steps=2",
     "train.sample_prompts=['a `red` | ball','b']",
 ]
-SETTINGS = ["train.steps=3", *EVALS, "publish.author=Ada", "publish.license=apache-2.0"]
+SETTINGS = ["train.steps=3", "train.max_grad_norm=0", *EVALS, "publish.author=Ada", "publish.license=apache-2.0"]
 REPO = "ada/balls"
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +83,7 @@ def test_the_folder_has_what_the_card_shows(run_dir, tmp_path):
     assert facts["instance_prompt"] == "zyx" and "By Ada." in text and "# red balls" in text
     # It is an adapter of the tiny model and not of Mochi 1.
     assert "base_model" not in facts and "model `tiny`" in text
-    for row in ("| clips trained on | 3 of 3 |", "| steps | 3 |", "| rank | 2 |", "a \\`red\\` \\| ball"):
+    for row in ("| clips trained on | 3 of 3 |", "| steps | 3 |", "| rank | 2 |", "unclipped", "a \\`red\\` \\| ball"):
         assert row in text
     # The card has no name of a clip, no caption and no local path.
     assert "clip_0" not in text and "hill" not in text and str(run_dir) not in text and str(tmp_path) not in text
