@@ -196,6 +196,8 @@ def _digest(cell: Cell, weights: Mapping[str, str], metadata: bool) -> str:
     # Where the weights are does not change the result; their precision and tiles do.
     record["precision"] = memory["dit"] if memory["dit"] in PRECISIONS else "exact"
     record["tiles"] = memory["tiles"]
+    if memory["t5_dtype"] == "int8":
+        record["t5"] = "int8"
     # The same adapter may be at another path.
     record["adapters"] = [{k: v for k, v in each.items() if k != "file"} for each in record["adapters"]]
     # A file with metadata is not the same as one without.

@@ -308,6 +308,13 @@ def _check(folder: Path, conf: str, prompts: list[str], given: Mapping[str, str]
                 raise ConfigError(f"{conf} is not trained yet: choose an adapter, or none: the base.") from None
 
 
+# The conf may have settings that only adapters take.
+_OF_THE_BASE = {
+    "adapter": "none", "adapter_strength": "1", "strength_schedule": "null", "block_strength": "{}",
+    "adapter_alpha": "null",
+}  # fmt: skip
+
+
 def _adapters(folder: Path, form: SampleForm) -> dict[str, str]:
     """Returns the settings of the chosen adapters, {} for the adapter of the run with the strength of the conf."""
     named = [(name, strength.strip() or "1") for name, strength in form.adapters if name and name != BASE]
@@ -320,8 +327,9 @@ def _adapters(folder: Path, form: SampleForm) -> dict[str, str]:
     if not first:
         return {"adapter_strength": first_strength.strip()} if first_strength.strip() not in ("", "1") else {}
     if first == BASE and not chosen:
-        # The conf may have a strength, which only adapters take.
-        return {"adapter": "none", "adapter_strength": "1"}
+        if form.kind == "compare" or (form.kind == "grid" and form.strengths.strip()):
+            raise ConfigError("the base has no strengths, and nothing to compare it with: choose an adapter.")
+        return _OF_THE_BASE
     if len(chosen) > 1:
         files, strengths = zip(*chosen, strict=True)
         return {"adapter": f"[{', '.join(map(quote, files))}]", "adapter_strength": f"[{', '.join(strengths)}]"}

@@ -241,10 +241,16 @@ def test_a_cell_of_other_weights_or_another_precision_is_another_one(tmp_path):
     out = f"sample.out={tmp_path / 'grid'}"
     names = [
         [path.name for path in render(tmp_path, "sample.prompt=a cat", out, *more)[0]]
-        for more in ([], [f"model.weights={tuned}"], ["memory.dit=int8"], ["memory.dit=offload"])
+        for more in (
+            [],
+            [f"model.weights={tuned}"],
+            ["memory.dit=int8"],
+            ["memory.t5_dtype=int8"],
+            ["memory.dit=offload"],
+        )
     ]
     # Where the weights are while it is rendered changes nothing: that one is there.
-    assert len({name for [name] in names[:3]}) == 3 and names[3] == []
+    assert len({name for [name] in names[:4]}) == 4 and names[4] == []
 
 
 def test_a_grid_of_too_many_rows_or_columns_is_no_video():

@@ -11,6 +11,7 @@ from helpers_renders import write_adapter
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, DataError, MochiTuneError
 from mochi_tune.recipes.sample import main as sample
+from mochi_tune.sampling.adapters import check_has_adapter
 from mochi_tune.ui.confs import Form, save_conf
 from mochi_tune.ui.jobs import Job
 from mochi_tune.ui.renders import BASE, SampleForm, arguments_of, find_render, form_of, list_renders
@@ -69,6 +70,15 @@ def test_every_kind_of_render_is_as_the_command_line_takes_it(tmp_path):
     assert base.adapter == [] and base.adapter_strength == 1, "which needs no trained run"
 
 
+def test_the_base_takes_no_setting_of_adapters_from_the_conf(tmp_path):
+    conf = tmp_path / "conf" / "cups.yaml"
+    own = "sample: {strength_schedule: [1, 0], block_strength: {0-0: 0.5}, adapter_alpha: 16}\n"
+    conf.write_text(conf.read_text() + own)
+    base = config_of(arguments_of(tmp_path, "cups", SampleForm("a", adapters=((BASE, ""),))))
+    check_has_adapter(base.sample, tmp_path)
+    assert (base.sample.strength_schedule, base.sample.block_strength, base.sample.adapter_alpha) == (None, {}, None)
+
+
 def test_no_choice_is_the_adapter_of_the_run_with_its_strength(tmp_path):
     with pytest.raises(ConfigError, match="cups is not trained yet: choose an adapter, or none: the base"):
         arguments_of(tmp_path, "cups", SampleForm("a"))
@@ -93,6 +103,8 @@ def test_no_choice_is_the_adapter_of_the_run_with_its_strength(tmp_path):
         ({"adapters": (("loras/c.safetensors", "strong"),)}, "adapter_strength=strong does not fit"),
         ({"adapters": (("", "nan"),)}, "adapter_strength=nan does not fit"),
         ({"adapters": (("", "1"), ("loras/c.safetensors", "1"))}, "the run's own adapter takes no others beside it"),
+        ({"adapters": ((BASE, ""),), "kind": "compare"}, "nothing to compare it with: choose an adapter"),
+        ({"adapters": ((BASE, ""),), "kind": "grid", "strengths": "0 1"}, "the base has no strengths"),
         ({"kind": "grid", "checkpoints": "last"}, "checkpoints=last does not fit"),
         ({"more": "steps=3"}, "steps has a separate field"),
         ({"more": "guidence=3"}, "did you mean guidance"),
