@@ -50,7 +50,8 @@ from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_lay
 from mochi_tune.recipes.sample_plan import pays_for_tokens
 from mochi_tune.sampling.requests import read_rows, sampler_settings
 from mochi_tune.training.accelerator import check_strategy
-from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream, check_streaming, where_the_dit_is
+from mochi_tune.training.loader import check_replacing
+from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream, check_streaming
 from mochi_tune.training.preflight import adapter_bytes, step_seconds, step_sizes
 from mochi_tune.training.preflight_clips import bucket_shares, choose_held_out, clip_order, largest_clip
 from mochi_tune.weights.configs import read_official_config
@@ -143,6 +144,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     count, clips, shares, num_captions = count_clips(config)
     tokens, processes = max(size.num_tokens for size in shares), config.parallel
     layout = training_layout(processes.num_processes, processes.context or 1, dit, tokens, speed or CARDS["h100"])
+    check_replacing(config.data.damaged, processes.strategy, layout.context)
     step = training_step(config, dit, tokens, layout)
     policies, arrangement, refused = arranged(config, step, free)
     advice += [f"train: {refused}"] if refused else []
@@ -184,8 +186,7 @@ def arranged(config: RunConfig, step: Step, free: int) -> tuple[list[str], tuple
         the recompute policy of each block; whether blocks are streamed and inputs offloaded; the error of `train`.
     """
     try:
-        dit = where_the_dit_is(config.memory.dit, config.parallel.strategy)
-        plan = arrange(step, dit, config.memory.activations, free)
+        plan = arrange(step, config.memory.dit, config.memory.activations, free)
     except ConfigError as error:
         asked = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
         return step.policies(free, *asked), asked, str(error)

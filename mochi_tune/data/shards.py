@@ -75,7 +75,8 @@ def damaged_shard(path: Path, why: str) -> DataError:
     """Builds the error for a damaged shard."""
     return DataError(
         f"{path} is damaged ({' '.join(why.split())}): delete it and run `mochi-tune prepare` again, "
-        "which encodes its clips again; data.damaged=quarantine continues without such clips."
+        "which encodes its clips again; data.damaged=quarantine continues without such clips, but not with "
+        "parallel.context or zero3."
     )
 
 

@@ -110,6 +110,7 @@ class Step:
         is_compiled: whether the blocks are compiled.
         holds_modulation: whether the modulation layers are on the device; in `train` only with ZeRO-3.
         num_shards: number of processes over which ZeRO-3 splits the weights.
+        may_stream: whether the blocks' weights may be in host memory.
         split: number of processes that share the tokens, as (heads, ring).
         num_clips: clips of the micro-batch. Together they have `num_tokens`; each attends to itself.
         needs_exact: whether the base's matrices must not be rounded, because a DoRA measures their rows.
@@ -128,6 +129,7 @@ class Step:
     is_compiled: bool = True
     holds_modulation: bool = False
     num_shards: int = 1
+    may_stream: bool = True
     split: tuple[int, int] = (1, 1)
     num_clips: int = 1
     needs_exact: bool = False

@@ -108,6 +108,8 @@ def check_host_memory(needed: int, available: int, num_processes: int = 1) -> No
 
 # Memory presets of `train`, the fastest first: name, whether it streams the blocks, whether it offloads their inputs.
 ARRANGEMENTS = (("80gb", False, False), ("16gb", True, False), ("12gb", True, True))
+# What a strategy does with weights that could otherwise be in host memory.
+KEEP_WEIGHTS = {"zero2": "keeps on the GPU", "zero3": "splits"}
 # What the functions in the traceback of an out-of-memory error were doing, the most specific first.
 PLACES = {
     "load_dit": "while the DiT was loaded",
@@ -155,21 +157,15 @@ def check_streaming(dit: str, strategy: str, recompute: str) -> None:
     """
     if dit not in ("stream", "offload"):
         return
-    does = {"zero2": "keeps on the GPU", "zero3": "splits"}
-    other = f"parallel.strategy={strategy} {does[strategy]}" if strategy in does else ""
+    other = f"parallel.strategy={strategy} {KEEP_WEIGHTS[strategy]}" if strategy in KEEP_WEIGHTS else ""
     other = "train.recompute=none keeps" if recompute == "none" else other
     if other:
         raise ConfigError(f"{other} the weights that memory.dit={dit} takes from the GPU: leave one of them out.")
 
 
-def where_the_dit_is(dit: str, strategy: str) -> str:
-    """Returns `memory.dit` for `arrange`. With "auto" nothing is streamed under ZeRO-2, which moves all to the GPU."""
-    return "resident" if dit == "auto" and strategy == "zero2" else dit
-
-
 def can_stream(step: Step) -> bool:
-    """Whether the weights of a block may leave the device: not with train.recompute=none, and not with ZeRO-3."""
-    return step.recompute != "none" and step.num_shards == 1
+    """Whether the weights of a block may leave the device: not with train.recompute=none, and not with ZeRO."""
+    return step.recompute != "none" and step.may_stream
 
 
 def held_by(step: Step, plan: MemoryPlan) -> dict[str, int]:
@@ -193,10 +189,10 @@ def ways_out(step: Step, free: int, failed: MemoryPlan | None = None) -> str:
     """
     found = ["train.recompute=block"] if failed is not None and failed.can_keep_less else []
     smaller = replace(step, recompute="block" if step.recompute == "none" else step.recompute)
-    # ZeRO-3 shards the weights, which can then not be in host memory or in 8 bits.
-    is_split = step.num_shards > 1
-    precisions = (step.precision,) if is_split or step.needs_exact else (step.precision, "int8")
-    for name, is_streamed, is_offloaded in ARRANGEMENTS[:1] if is_split else ARRANGEMENTS:
+    # ZeRO-3 shards the weights, which can then not be in 8 bits.
+    is_exact = step.num_shards > 1 or step.needs_exact
+    precisions = (step.precision,) if is_exact else (step.precision, "int8")
+    for name, is_streamed, is_offloaded in ARRANGEMENTS if step.may_stream else ARRANGEMENTS[:1]:
         is_failed = failed is not None and (is_streamed, is_offloaded) == (failed.is_streamed, failed.offloads_inputs)
         for precision in dict.fromkeys(precisions):
             if is_failed and precision == step.precision:

@@ -39,12 +39,12 @@ from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import check_replacing
 from mochi_tune.training.memory_plan import (
+    KEEP_WEIGHTS,
     MemoryPlan,
     arrange,
     check_host_memory,
     check_streaming,
     explain_out_of_memory,
-    where_the_dit_is,
 )
 from mochi_tune.training.optim import check_installed
 from mochi_tune.training.preflight_clips import choose_held_out, clip_order, largest_clip, measured_clips
@@ -139,8 +139,7 @@ class TrainPlan:
         memory, step, is_gpu = self.config.memory, self.step, self.device.type == "cuda"
         # This is a collective, so it comes before errors that only one process may raise.
         available, num_sharing = host_memory() if is_gpu else (0, 1)
-        dit = where_the_dit_is(memory.dit, self.config.parallel.strategy)
-        plan = arrange(step, dit, memory.activations, free_bytes(self.device))
+        plan = arrange(step, memory.dit, memory.activations, free_bytes(self.device))
         if is_gpu:
             needed = step.weights["modulation"] if self.has_host_modulation else 0
             needed += step.host_bytes(plan.is_streamed, plan.offloads_inputs)
@@ -270,6 +269,7 @@ def step_sizes(
         is_compiled=is_compiled and not is_zero3,
         holds_modulation=is_zero3,
         num_shards=layout.num_ranks if is_zero3 else 1,
+        may_stream=config.parallel.strategy not in KEEP_WEIGHTS,
         split=layout.split,
         num_clips=train.batch_size,
         needs_exact=config.lora.dora,

@@ -160,6 +160,7 @@ def test_the_command_prints_it(tmp_path):
         (["memory.tiles=[0,2]"], "tiles"),
         (["memory.tiles=[2]"], "tiles"),
         (["memory=16gb", "train.recompute=none"], "train.recompute=none keeps the weights"),
+        (["parallel=zero3", "parallel.num_processes=2", "data.damaged=quarantine"], "quarantine needs"),
     ],
 )
 def test_what_the_run_would_refuse_is_refused(more, said):
@@ -168,9 +169,10 @@ def test_what_the_run_would_refuse_is_refused(more, said):
 
 
 def test_what_fits_is_what_a_run_may_have(tmp_path):
-    """ZeRO-3 splits the weights and a DoRA measures them: neither goes with 8 bits, nor the former with streaming."""
+    """ZeRO-3 splits the weights and a DoRA measures them: neither goes with 8 bits, nor ZeRO with streaming."""
     for more, free_of in (
         (["parallel=zero3", "parallel.num_processes=4"], ("int8", "memory=16gb", "memory=12gb")),
+        (["parallel=zero2", "parallel.num_processes=2"], ("memory=16gb", "memory=12gb")),
         (["lora.dora=true"], ("int8",)),
     ):
         made = main(load_config("my_lora", [*more, f"data.cache={tmp_path}"]), "3060", 0)
@@ -260,7 +262,8 @@ def test_every_stage_that_does_not_fit_is_advised_on():
 
 
 def test_presets_that_a_training_refuses_are_not_offered():
-    for more in (["train.recompute=none"], ["parallel=zero3", "parallel.num_processes=2"]):
+    processes = "parallel.num_processes=2"
+    for more in (["train.recompute=none"], ["parallel=zero2", processes], ["parallel=zero3", processes]):
         presets = main(load_config("my_lora", [*FULL, *more]), "4090").presets
         assert {name: train is not None for name, (train, _) in presets.items()} == {
             "80gb": True, "24gb": False, "16gb": False, "12gb": False,

@@ -12,7 +12,7 @@ from mochi_tune.errors import ConfigError, TrainingError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step
 from mochi_tune.training import preflight, run
-from mochi_tune.training.memory_plan import PLACES, arrange, check_streaming, explain_out_of_memory, where_the_dit_is
+from mochi_tune.training.memory_plan import PLACES, arrange, check_streaming, explain_out_of_memory
 
 STEP = Step(DiTConfig(), 7 * 1590, 71_000_000)
 
@@ -40,7 +40,7 @@ def test_auto_takes_the_fastest_that_fits():
     assert arrangement(12) == (True, False)
     assert arrangement(6) == (True, True)
     assert arrange(STEP, "auto", "keep", None).is_streamed is False
-    assert (where_the_dit_is("auto", "zero2"), where_the_dit_is("auto", "data")) == ("resident", "auto")
+    assert arrangement(24, step=replace(STEP, may_stream=False)) == (False, False)
     # With train.recompute=none, nothing can be streamed.
     with pytest.raises(ConfigError, match="this training needs"):
         arrangement(12, step=replace(STEP, recompute="none"))
