@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from mochi_tune.config.sample import sample_size
 from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.errors import counted
-from mochi_tune.sampling.requests import sampler_settings
+from mochi_tune.models.latents import FPS
+from mochi_tune.sampling.requests import rate_of, sampler_settings
 from mochi_tune.training.records import RunRecords, SampleVideo
 
 # The file name that diffusers loads by default.
@@ -122,11 +123,12 @@ def _diffusers(card: Card) -> str:
     if "diffusers" not in card.files:
         return _conversion(card, "diffusers", DIFFUSERS_FILE)
     num_frames, height, width = _size(card)
-    steps, guidance, negative = 64, 6.0, ""
+    steps, guidance, negative, rate = 64, 6.0, "", FPS
     if card.records:
         sample = card.records.config.sample
         settings = sampler_settings(sample)
         steps, guidance, negative = settings.steps, max(settings.scales), sample.negative_prompt
+        rate = rate_of(sample)
     return f"""\
 ```python
 # pip install diffusers transformers accelerate peft sentencepiece imageio imageio-ffmpeg
@@ -151,7 +153,7 @@ frames = pipe(
     guidance_scale={guidance},
     generator=torch.Generator().manual_seed(0),
 ).frames[0]
-export_to_video(frames, "video.mp4", fps=30)
+export_to_video(frames, "video.mp4", fps={rate})
 ```"""
 
 

@@ -226,7 +226,12 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
                 if file == "metrics" and time.monotonic() >= due:
                     _record(path, state, tracker)
                     due = time.monotonic() + RECORD_SECONDS
-                _send(tracker, file, row, options["prompts"])
+                try:
+                    _send(tracker, file, row, options["prompts"])
+                except Exception:
+                    # The validation of a step whose video fails is not sent again.
+                    _record(path, state, tracker)
+                    raise
                 if file == "samples":
                     state[file].append(row["path"].name)
                 else:

@@ -34,7 +34,14 @@ EVALS = [
     "sample.steps=2",
     "train.sample_prompts=['a `red` | ball','b']",
 ]
-SETTINGS = ["train.steps=3", "train.max_grad_norm=0", *EVALS, "publish.author=Ada", "publish.license=apache-2.0"]
+SETTINGS = [
+    "train.steps=3",
+    "train.max_grad_norm=0",
+    "sample.fps=24",
+    *EVALS,
+    "publish.author=Ada",
+    "publish.license=apache-2.0",
+]
 REPO = "ada/balls"
 ROOT = Path(__file__).parents[2]
 
@@ -158,7 +165,7 @@ def test_the_code_for_diffusers_runs(run_dir, tmp_path):
         ("'FOLDER_OF_THE_BASE'", repr(str(tmp_path / "base"))),
         (repr(REPO), repr(str(out))),
         ("pipe.enable_model_cpu_offload()\n", ""),
-        ('export_to_video(frames, "video.mp4", fps=30)\n', ""),
+        ('export_to_video(frames, "video.mp4", fps=24)\n', ""),
     ):
         assert old in code
         code = code.replace(old, new)

@@ -62,6 +62,28 @@ def everything(steps):
     return rows
 
 
+def test_the_validation_of_a_step_whose_video_fails_is_sent_once(run_dir, recorder, monkeypatch):
+    """The row of the step was recorded before, so that nothing of the step is removed at the next start."""
+    validation = run_dir / "validation.jsonl"
+    rows = validation.read_text()
+    validation.write_text("")
+    for video in (run_dir / "samples").iterdir():
+        video.write_bytes(b"")
+    monkeypatch.setattr(recorder, "most", 10)
+
+    def add(_seconds):
+        validation.write_text(rows)
+        (run_dir / "samples" / "step_000006_prompt_0.mp4").write_bytes(b"video")
+        return False
+
+    with pytest.raises(OSError, match="no room"):
+        follower.follow(run_dir, "tensorboard", OPTIONS, add)
+    assert recorder.sent[6:] == [("validation", step) for step in (0, 2, 4, 6)]
+    monkeypatch.setattr(recorder, "most", 100)
+    follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
+    assert recorder.sent[6:] == [*(("validation", step) for step in (0, 2, 4, 6)), ("samples/prompt_0", 6)]
+
+
 @pytest.mark.parametrize("seconds", [0, 2])
 @pytest.mark.parametrize("most", range(13))
 def test_a_tracker_that_is_ended_amid_many_rows_goes_on_from_there(run_dir, recorder, monkeypatch, most, seconds):
@@ -71,7 +93,7 @@ def test_a_tracker_that_is_ended_amid_many_rows_goes_on_from_there(run_dir, reco
     with pytest.raises(OSError, match="no room"):
         follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
     state = json.loads((run_dir / "trackers" / "tensorboard.json").read_text())
-    if (most, seconds) == (7, 0):
+    if most == 7:
         assert (state["metrics"], state["validation"], len(state["samples"])) == (3, 2, 2)
     monkeypatch.setattr(recorder, "most", 100)
     follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
